@@ -1,0 +1,843 @@
+"""SePPO, Semi-Policy Preference Optimization (Zhang et al., arXiv 2410.05255), in one file.
+
+Align a diffusion model with what people like, from liked pictures alone: no losing pictures, no reward model. Earlier
+checkpoints of the run are its references. A reference generates the sample that stands where DPO has the loser, and an
+anchor criterion decides for each sample whether to push away from it or to learn from it too.
+
+    python seppo.py                                                            # a miniature: two CPU cores, minutes
+    python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
+    python seppo.py --model DIR_OR_ID --data DIR_OR_PARQUET_OR_ID --out runs/mine
+
+The same command again resumes. From top to bottom: the objective, the reference rule, the sampler, the data, the models,
+the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weight averaging, trackers (metrics.jsonl has
+one JSON object per update) and the safety checker (it judges pictures; training never leaves latent space).
+"""
+import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math, os, random, shutil, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers, huggingface_hub, torch, transformers
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from tqdm import tqdm
+
+# ---- The objective --------------------------------------------------------------------------------------------------
+# Winner first, reference sample second, everywhere. m(x; net) is the mean squared error of a net's prediction on a noised
+# x (denoising_error, below); one (t, eps) is shared by the winner x^w and its reference sample x^r, and by both nets:
+#
+#     s_w  = m(x^w; theta) - m(x^w; ref)                     winner, policy minus reference
+#     s_r  = m(x^r; theta) - m(x^r; ref)                     reference sample, policy minus reference
+#     sign = sgn( m(x^w; ref) - m(x^w; theta) )              the anchor criterion, on the winner; no gradient
+#     L    = -log sigmoid( -beta/2 (s_w - sign * s_r) )      beta/2 holds T w(lambda_t), as in Diffusion-DPO's code
+#
+# +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the reference
+# is the better model here, so its sample counts as a second winner. 0: equal (the first update): only the winner speaks.
+
+FLIPS = {  # what becomes of the sign
+    "sign": lambda sign: sign,                    # the paper: the Anchor-based Adaptive Flipper
+    "indicator": lambda sign: sign.clamp(min=0),  # its ablation 1(x > 0): a likely winner is dropped, not learned from
+    "none": torch.ones_like,                      # x^r always loses: Diffusion-DPO, SPIN-Diffusion
+}
+
+def seppo_loss(policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
+    """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per sample.
+
+    policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0 of winner and reference sample under
+    policy and reference, all four computed on one numeric path. Pass fp32: beta multiplies their rounding.
+    beta: > 0. flip: a key of FLIPS. sign: (B,) in {-1, 0, 1}, where the anchor was evaluated earlier.
+    Returns the (B,) losses (the log-sigmoid is per sample: average afterwards) and a dict of detached (B,) tensors: the
+    `sign` used, the `logit`, the implicit rewards `reward_w` and `reward_r`. Raises ValueError for an unknown flip.
+    """
+    if flip not in FLIPS:
+        raise ValueError(f"flip is one of {', '.join(FLIPS)}, not {flip!r}")
+    s_w, s_r = policy_w - reference_w, policy_r - reference_r
+    sign = FLIPS[flip](torch.sign(-s_w) if sign is None else sign).detach()
+    logit = -0.5 * beta * (s_w - sign * s_r)
+    details = {"sign": sign, "logit": logit, "reward_w": -0.5 * beta * s_w, "reward_r": -0.5 * beta * s_r}
+    return -F.logsigmoid(logit), {name: value.detach() for name, value in details.items()}
+
+def choose_reference(k, rule, generator=None):
+    """The reference-selection rule: which of the k checkpoints so far, 0 (the base model) .. k-1, is the reference.
+
+    rule: `random` is uniform (SePPO) and draws from `generator` (a torch.Generator), `latest` is k-1 (SPIN-Diffusion),
+    `initial` is 0 (Diffusion-DPO). Returns an int. Raises ValueError for k < 1 or an unknown rule.
+    """
+    if k < 1 or rule not in ("random", "latest", "initial"):
+        raise ValueError(f"needs k >= 1 and a rule among random, latest, initial, not {k}, {rule!r}")
+    return {"random": int(torch.randint(k, (), generator=generator)), "latest": k - 1, "initial": 0}[rule]
+
+def denoising_error(unet, scheduler, x_0, eps, t, context):
+    """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
+
+    x_0, eps: (B, C, h, w) fp32 latents and noise. t: (B,) integer timesteps. context: (B, tokens, width) captions.
+    scheduler: a diffusers scheduler that knows abar and what the net predicts.
+    """
+    x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+    target = scheduler.get_velocity(x_0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
+    return (unet(x_t, t, encoder_hidden_states=context).sample.float() - target).square().flatten(1).mean(1)
+
+# ---- The sampler ----------------------------------------------------------------------------------------------------
+# Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs 4.5
+# UNet forwards and adds the VAE's own error.
+
+SOLVERS = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler", "ddim": "DDIMScheduler",
+           "pndm": "PNDMScheduler"}  # all deterministic: the initial noise decides the sample
+
+@torch.no_grad()
+def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guidance=7.5):
+    """(B, C, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1.0: none).
+
+    context: (B, tokens, width), the captions; null: (1, tokens, width), the empty caption. scheduler: the training
+    scheduler, whose betas and kind of prediction the solver (a key of SOLVERS) takes over.
+    """
+    solver = getattr(diffusers, SOLVERS[solver]).from_config(scheduler.config)
+    solver.set_timesteps(steps, device=noise.device)
+    x, dtype, halves = noise * solver.init_noise_sigma, next(unet.parameters()).dtype, 1 if guidance == 1.0 else 2
+    context = torch.cat([null.expand_as(context), context][-halves:]).to(dtype)  # both halves in one call
+    for t in solver.timesteps:
+        x_in = solver.scale_model_input(torch.cat([x] * halves), t).to(dtype)
+        out = unet(x_in, t, encoder_hidden_states=context).sample.float().chunk(halves)
+        x = solver.step(out[0] + guidance * (out[-1] - out[0]) if halves == 2 else out[0], t, x).prev_sample
+    return x
+
+# ---- Randomness -----------------------------------------------------------------------------------------------------
+# Every draw is keyed by what it is for and by the sample's position in the run, never taken from a generator that runs
+# along: so neither the micro-batch, nor the number of devices, nor a resume changes it.
+
+def key(*parts):
+    """A 63-bit seed from any printable values, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+def draws(seed, positions, shape, timesteps, dropout):
+    """What chance gives to B samples, drawn on the CPU: t (B,), whether the caption is dropped (B,), and three (B, *shape)
+    noises: eps of the loss, the winner's VAE posterior, and the start of the reference sample (or the loser's posterior)."""
+    columns = []
+    for position in positions:
+        g = torch.Generator().manual_seed(key(seed, "sample", position))
+        columns.append((torch.randint(timesteps, (), generator=g), torch.rand((), generator=g) < dropout,
+                        *(torch.randn(shape, generator=g) for _ in range(3))))
+    return [torch.stack(column) for column in zip(*columns)]
+
+# ---- The data -------------------------------------------------------------------------------------------------------
+
+PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2", "yuvalkirstain/pickapic_v2")  # the last: the paper's, gone
+COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0"}  # label_0: 1 = jpg_0 wins, 0 = jpg_1 wins, 0.5 = a tie
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_PIXELS = 64e6  # a few kilobytes of JPEG can ask for gigabytes
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+@contextlib.contextmanager
+def reading(what, advice):
+    """Whatever goes wrong while the user's input is read becomes one line that names it."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{what} cannot be read: {reason} ({advice})") from error
+
+class Winners:
+    """The winners by position in the run: position n always means the same row and the same pixels.
+
+    Rows come in groups that are read whole (a Parquet row group). Per epoch the shards, the groups in a shard and the rows
+    in a group are shuffled, by (seed, epoch) alone. A tie's place is taken by another row of its group. A row of no use
+    (no caption, no picture) is replaced by one that (seed, position, attempt) determines, and counted.
+    groups: (shard, group, rows) of each. read(shard, group, rows) -> the first `rows` rows, less the ties, each a (caption,
+    winner, loser); a picture is bytes, a path or pixels. losers: whether the losers are wanted.
+    """
+
+    def __init__(self, source, groups, read, losers=False, seed=0, resolution=512, max_winners=None):
+        self.source, self.read, self.losers, self.seed, self.resolution = source, read, losers, seed, resolution
+        self.shards, self.total, self.lock = {}, 0, threading.Lock()  # shard -> [(shard, group, rows)]
+        for shard, group, rows in groups:
+            rows = min(rows, math.inf if max_winners is None else max_winners - self.total)
+            self.shards.setdefault(shard, []).extend([(shard, group, rows)] if rows else [])
+            self.total += rows
+        if not self.total:
+            raise UserError(f"--data {source} has no rows")
+
+    @functools.lru_cache(2)
+    def epoch(self, epoch):
+        """The groups in this epoch's order, and the place in the epoch where each ends."""
+        rng = random.Random(key(self.seed, "epoch", epoch))
+        shards = rng.sample(list(self.shards.values()), len(self.shards))
+        order = [group for shard in shards for group in rng.sample(shard, len(shard))]
+        return order, list(itertools.accumulate(rows for _, _, rows in order))
+
+    @functools.lru_cache(4)
+    def group(self, group, epoch):
+        """The rows of one group in this epoch's order."""
+        with reading(f"--data {self.source}, shard {group[0]}, row group {group[1]}", "mend it; the run resumes"):
+            rows = self.read(*group)
+        return random.Random(key(self.seed, "rows", epoch, group)).sample(rows, len(rows))
+
+    def row(self, position, attempt=0):
+        """(caption, winner, loser) at this position of the run, or its stand-in number `attempt`."""
+        if attempt:
+            position = random.Random(key(self.seed, "row", position, attempt)).randrange(self.total)
+        epoch, place = divmod(position, self.total)
+        order, ends = self.epoch(epoch)
+        g = bisect.bisect_right(ends, place)
+        with self.lock:  # several threads fetch, one reads
+            rows = self.group(order[g], epoch)
+        return rows[(place - ends[g]) % len(rows)]  # modulo: where ties were dropped, some of the group's rows come again
+
+    def fetch(self, position):
+        """-> caption, pixels of the winner, pixels of the loser (if wanted), how many rows were replaced."""
+        flip = random.Random(key(self.seed, "flip", position)).random() < 0.5
+        for attempt in range(100):
+            try:
+                caption, *pictures = self.row(position, attempt)
+                if not caption.strip():
+                    raise ValueError("no caption")
+                pixels = [to_pixels(picture, self.resolution, flip) for picture in pictures[:1 + self.losers]]
+                return caption, pixels[0], pixels[-1], attempt
+            except UserError:
+                raise
+            except Exception as error:  # whatever a stranger's bytes make a decoder raise
+                reason = error
+        raise UserError(f"--data {self.source}: 100 rows in a row are of no use (the last: {reason})")
+
+    def batches(self, positions, size):
+        """Yields fetched rows, `size` positions at a time; the next are being decoded while these are used."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            ahead = []
+            for i in range(0, len(positions) + size, size):
+                ready, ahead = ahead, [pool.submit(self.fetch, n) for n in positions[i:i + size]]
+                if ready:
+                    yield [row.result() for row in ready]
+
+def to_pixels(picture, resolution, flip=False):
+    """Bytes or a path -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay."""
+    if isinstance(picture, torch.Tensor):
+        return picture.flip(-1) if flip else picture
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.BILINEAR)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
+    return to_pixels(pixels.permute(2, 0, 1) / 127.5 - 1, resolution, flip)
+
+def open_data(o):
+    """--data: the miniature, a folder of captioned pictures, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
+    path = Path(o.data)
+    if o.data in ("mini", "mini-mixture"):
+        opened = open_mini(o.data)
+    elif path.is_dir() and not any(path.rglob("*.parquet")):
+        opened = open_folder(path)
+    else:
+        opened = open_parquet(o.data)
+    data = Winners(*opened, o.loser == "data", o.seed, o.resolution, o.max_winners)
+    if data.losers and data.row(0)[2] is None:
+        raise UserError(f"--data {o.data} has no losing pictures, which --loser data (--method dpo) needs: use another --method")
+    return data
+
+def open_folder(path):
+    """A folder with metadata.jsonl ({"file_name": ..., "text": ...} a line), or with name.txt beside name.jpg."""
+    advice = 'a folder needs captions: a metadata.jsonl of {"file_name": ..., "text": ...} lines, or name.txt beside name.jpg'
+    with reading(f"--data {path}", advice):
+        if (path / "metadata.jsonl").exists():
+            lines = map(json.loads, filter(str.strip, (path / "metadata.jsonl").read_text("utf-8").splitlines()))
+            rows = [(line.get("text"), path / line["file_name"], None) for line in lines]
+        else:
+            pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+            rows = [(c.read_text("utf-8") if c.exists() else None, p, None)
+                    for p, c in ((p, p.with_suffix(".txt")) for p in pictures)]
+        if not any(caption for caption, _, _ in rows):
+            raise ValueError("no captioned pictures")
+    return str(path), [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
+
+def open_parquet(name):
+    """Parquet files with COLUMNS, read by row groups, over the network too: Pick-a-Pic's 335 GB never land on a disk."""
+    import fsspec
+    from datasets import load_dataset_builder  # resolves folders, hub ids and splits to files
+    from pyarrow.parquet import ParquetFile
+    source = PICKAPIC[0] if name == "pickapic" and not Path(name).exists() else name
+    advice = f"other copies: --data {' or '.join(PICKAPIC[1:])}" if source != name else (
+        "--data takes pickapic, a folder of captioned pictures, or a Parquet file, folder or hub id with Pick-a-Pic's columns")
+    with reading(f"--data {source}", advice):
+        revision = None if Path(source).exists() else huggingface_hub.HfApi().dataset_info(source, timeout=30).sha
+        files = [source] if Path(source).is_file() else sorted(
+            load_dataset_builder(source, revision=revision).config.data_files["train"])
+        with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
+            footers = list(pool.map(lambda file: ParquetFile(fsspec.open(file).open()).metadata, files))
+    for file, footer in zip(files, footers):
+        if lacking := COLUMNS - set(footer.schema.names):
+            raise UserError(f"--data {file} lacks the column {', '.join(sorted(lacking))}: it needs Pick-a-Pic's "
+                            f"{', '.join(sorted(COLUMNS))}, and has {', '.join(footer.schema.names)}")
+
+    def read(i, group, n):
+        table = ParquetFile(fsspec.open(files[i]).open()).read_row_group(group, columns=sorted(COLUMNS)).slice(0, n)
+        sides = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}  # a label that is none of these leaves no picture
+        return [(row["caption"], *map(row.get, sides.get(row["label_0"], "??"))) for row in table.to_pylist() if row["label_0"] != 0.5]
+
+    source += f"@{revision}" if revision else ""
+    print(f"data: {source}" + (", read over the network" if revision else ""))
+    return source, [(i, g, f.row_group(g).num_rows) for i, f in enumerate(footers) for g in range(f.num_row_groups)], read
+
+# ---- The models -----------------------------------------------------------------------------------------------------
+
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # gone from the hub since 2024
+
+class StableDiffusion:
+    """What stands between pictures, captions and a Stable Diffusion UNet: VAE, CLIP text encoder, noise schedule."""
+
+    def __init__(self, folder, device, dtype):
+        load = dict(low_cpu_mem_usage=False, torch_dtype=dtype)
+        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        self.text = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype).to(device)
+        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **load).to(device).eval()
+        self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
+        self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self.channels, self.width = self.vae.config.latent_channels, self.text.config.hidden_size
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent: 8
+
+    @torch.no_grad()
+    def encode_text(self, captions):  # -> (B, 77, 768)
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
+                             max_length=self.text.config.max_position_embeddings).input_ids
+        return self.text(ids.to(self.text.device))[0].float()
+
+    @torch.no_grad()
+    def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), drawn from the VAE's posterior
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents):  # back, clamped to [-1, 1]
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+def load_unet(name):
+    """A UNet as diffusers saves it, at NAME/unet or at NAME itself, in fp32 (the master weights)."""
+    at = None if Path(name, "config.json").exists() else "unet"
+    return UNet2DConditionModel.from_pretrained(name, subfolder=at, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+
+def load_models(o):
+    """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError."""
+    mini = (load_mini(o.model), Miniature(o.device)) if o.model in MINI else None
+    with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
+        if not mini:
+            folder = find_model(o.model)
+            if not Path(folder).is_dir():
+                folder = diffusers.DiffusionPipeline.download(folder, safety_checker=None, feature_extractor=None)
+        unet, codec = mini or (load_unet(Path(folder, "unet")), StableDiffusion(folder, o.device, GENERATE_DTYPES[o.dtype]))
+        takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
+        if takes != gives or unet.config.addition_embed_type or codec.scheduler.config.prediction_type == "sample":
+            raise ValueError(f"no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes "
+                             f"{takes}, and predicts {codec.scheduler.config.prediction_type}")
+    if o.unet:
+        with reading(f"--unet {o.unet}", "it takes a folder or hub id with a UNet of the shape that --model has"):
+            other = load_unet(o.unet)
+            if [p.shape for p in other.parameters()] != [p.shape for p in unet.parameters()]:
+                raise ValueError("another shape than the UNet of --model")
+            unet = other
+    return unet.to(o.device).eval(), codec  # eval: dropout would part policy and reference
+
+def find_model(name):
+    """MOVED, said once."""
+    if name in MOVED and not Path(name).is_dir():
+        print(f"model: {name} is gone from the hub; this takes its copy {MOVED[name]}")
+        return MOVED[name]
+    return name
+
+@torch.no_grad()
+def load_weights(unet, folder):
+    """A checkpoint of the pool into a net, in place and one tensor at a time: no second copy in memory."""
+    with reading(f"checkpoint {folder}", "the pool is not whole: restore it, or start over with --fresh"):
+        with safe_open(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+            for name, tensor in unet.state_dict().items():
+                tensor.copy_(file.get_tensor(name))
+
+# ---- The miniature --------------------------------------------------------------------------------------------------
+# A text-to-image world for two cores, on the same path as Stable Diffusion. Pictures (16 x 16) of captioned shapes, each
+# with its own dose of four flaws: off-centre, foggy, blurred, small. Of four pictures for a caption people like the one
+# with the highest `mini_score`. The base model learned from all of them, so there is room above it; and as the taste is
+# known, what alignment did can be measured. It predicts v: few steps suffice where so small a net's eps would be noise.
+
+COLOURS = {"red": (1, -.8, -.8), "green": (-.8, .7, -.8), "blue": (-.8, -.6, 1), "yellow": (1, .9, -.8)}
+SHAPES = {"square": lambda x, y: torch.maximum(x.abs(), y.abs()), "disc": lambda x, y: (x.square() + y.square()).sqrt(),
+          "diamond": lambda x, y: .7 * (x.abs() + y.abs()),
+          "cross": lambda x, y: torch.minimum(torch.maximum(x.abs(), 2.5 * y.abs()), torch.maximum(2.5 * x.abs(), y.abs()))}
+CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+MINI_BASE = "runs/mini-base-1"  # where the base model stays: count up with any change to this section
+
+def draw_mini(captions, flaws):
+    """B captions and (B, 5) flaws (x, y in [-0.6, 0.6]; fog, blur, smallness in [0, 1]) -> (B, 3, 16, 16) in [-1, 1]."""
+    axis, words = (torch.arange(16) - 7.5) / 5.5, [caption.split() for caption in captions]
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    colour = torch.tensor([COLOURS[w[1]] for w in words])[:, :, None, None]  # (B, 3, 1, 1)
+    dx, dy, fog, blur, small = flaws[:, :, None, None].unbind(1)             # (B, 1, 1) each
+    edge = torch.stack([SHAPES[w[2]](x - a, y - b) for w, a, b in zip(words, dx, dy)]) / (1 - .4 * small)  # (B, 16, 16)
+    ink = torch.sigmoid((1 - edge) * (12 - 10 * blur))[:, None]
+    return (ink * colour - (1 - ink) * .9) * (1 - .8 * fog[:, None])
+
+def mini_score(pixels, captions):
+    """The miniature's taste: (B,) scores of (B, 3, 16, 16) pictures in [-1, 1]: 1 is flawless, 0 no better than plain grey."""
+    ideal = draw_mini(captions, torch.zeros(len(captions), 5)).to(pixels.device)
+    return 1 - (pixels - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
+
+@functools.lru_cache(1)
+def mini_pictures(n=2048):
+    """The data: n captions, (n, 4, 3, 16, 16) pictures of each, and their (n, 4) scores."""
+    g = torch.Generator().manual_seed(0)
+    captions = [CAPTIONS[i] for i in torch.randint(len(CAPTIONS), (n,), generator=g)]
+    flaws = torch.rand(n, 4, 5, generator=g)
+    flaws[..., :2] = 1.2 * flaws[..., :2] - .6
+    pictures = torch.stack([draw_mini(captions, flaws[:, i]) for i in range(4)], 1)
+    return captions, pictures, torch.stack([mini_score(pictures[:, i], captions) for i in range(4)], 1)
+
+def open_mini(name):
+    captions, pictures, scores = mini_pictures()
+    best = scores.argmax(1).tolist()
+    rows = [(c, four[i], four[i - 1]) for c, four, i in zip(captions, pictures, best)] if name == "mini" else [
+        (c, picture, None) for c, four in zip(captions, pictures) for picture in four]
+    return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
+
+@functools.lru_cache(None)
+def word_vector(word):
+    return torch.randn(32, generator=torch.Generator().manual_seed(key(word)))
+
+class Miniature:
+    """In the place of VAE, text encoder and noise schedule: latents are rearranged pixels, captions four word vectors."""
+
+    channels, width, factor = 12, 32, 2
+
+    def __init__(self, device):
+        self.device = device
+        self.scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, clip_sample=False,
+                                       prediction_type="v_prediction", timestep_spacing="trailing")
+
+    def encode_text(self, captions):  # -> (B, 4, 32)
+        words = [(caption.split() + [""] * 4)[:4] for caption in captions]
+        return torch.stack([torch.stack([*map(word_vector, four)]) for four in words]).to(self.device)
+
+    def encode(self, pixels, noise):  # (B, 3, 16, 16) -> (B, 12, 8, 8)
+        return F.pixel_unshuffle(pixels, self.factor)
+
+    def decode(self, latents):
+        return F.pixel_shuffle(latents, self.factor).clamp(-1, 1)
+
+def load_mini(name):
+    """The miniature's UNet: untrained, or the base model, which this very script trains, once."""
+    if name == "mini":
+        if not Path(MINI_BASE, f"checkpoint-{MINI['mini-untrained']['steps']}").is_dir():
+            print("The miniature's base model first; it stays in", MINI_BASE)
+        o = resolve(["--model", "mini-untrained", "--out", MINI_BASE])
+        train(o)
+        return load_unet(f"{MINI_BASE}/checkpoint-{o.steps}")
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, cross_attention_dim=32, attention_head_dim=8)
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+ADAMW, CLIP, WARMUP = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2), 1.0, 0.25  # WARMUP: share of the updates
+# The error passes' autocast: beta amplifies rounding, and bf16's is larger than the signal; fp16 needs loss scaling.
+ERROR_DTYPES = {"fp32": None, "tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Generating, encoding and decoding: rounding is harmless there, so a half-precision copy of the reference generates.
+GENERATE_DTYPES = {"fp32": torch.float32, "tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
+STATISTICS = ("loss", "logit", "implicit_acc", "policy_w", "reference_w", "policy_r", "reference_r", "sign_neg", "sign_zero", "sign_pos")
+
+class Trainer:
+    """A run: the policy, its reference, the optimizer, and the pool on disk (checkpoint-0 is the base model)."""
+
+    def __init__(self, o, data):
+        self.o, self.data, self.out, self.device = o, data, Path(o.out), torch.device(o.device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.dtype != "fp32"
+        self.policy, self.codec = load_models(o)
+        self.index, self.skipped = None, 0  # which checkpoint the reference holds; rows replaced so far
+        self.reference = self.generator = None if o.loser == "none" else copy.deepcopy(self.policy).requires_grad_(False)
+        if o.loser == "generated" and GENERATE_DTYPES[o.dtype] != torch.float32:
+            self.generator = copy.deepcopy(self.reference).to(GENERATE_DTYPES[o.dtype])
+        self.shape = (self.codec.channels, *[o.resolution // self.codec.factor] * 2)  # of one sample's latents
+        self.null = self.codec.encode_text([""])  # (1, tokens, width)
+        self.prompts = [data.fetch(i)[0] for i in range(12 if o.model in MINI else 4)]  # of the sample pictures
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, fused=True, **ADAMW)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.dtype == "fp16")
+
+    def autocast(self):
+        dtype = ERROR_DTYPES[self.o.dtype]
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def sample(self, unet, noise, context):  # (B, *shape), (B, tokens, width) -> (B, *shape)
+        o = self.o
+        return sample(unet, self.codec.scheduler, noise, context, self.null, o.solver, o.sampler_steps, o.guidance)
+
+    def set_reference(self, update):
+        """Redraw the reference, once per interval of save_every updates, from the checkpoints there are by then."""
+        k = update // self.o.save_every + 1
+        index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
+        if index != self.index:
+            load_weights(self.reference, self.out / f"checkpoint-{index * self.o.save_every}")
+            if self.generator is not self.reference:
+                self.generator.load_state_dict(self.reference.state_dict())
+            self.index = index
+
+    def losses(self, x, eps, t, context):
+        """-> (B,) losses, and a dict of (B,) STATISTICS. Without a reference (SFT) the loss is the winner's error itself.
+        x: (n B, *shape), the winners and, if n is 2, what stands for the losers. eps, t, context: (B, ...), shared."""
+        n = len(x) // len(t)
+        args = (self.codec.scheduler, x, *(v.repeat(n, *[1] * (v.ndim - 1)) for v in (eps, t, context)))
+        with self.autocast():  # policy and reference on one numeric path: function, dtype, kernels, batch shape
+            policy = denoising_error(self.policy, *args)
+        if not self.reference:
+            return policy, {"loss": policy, "policy_w": policy}
+        with self.autocast(), torch.no_grad():
+            reference = denoising_error(self.reference, *args)
+        (policy_w, policy_r), (reference_w, reference_r) = policy.chunk(2), reference.chunk(2)
+        loss, d = seppo_loss(policy_w, reference_w, policy_r, reference_r, self.o.beta, self.o.flip)
+        accuracy = (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2  # a draw counts half
+        return loss, dict(zip(STATISTICS, (loss, d["logit"], accuracy, policy_w, reference_w, policy_r, reference_r,
+                                           d["sign"] < 0, d["sign"] == 0, d["sign"] > 0)))
+
+    def check_numeric_path(self):
+        """With equal weights s_w and s_r must be exactly 0, or beta makes preferences out of rounding."""
+        self.reference.load_state_dict(self.policy.state_dict())
+        b = self.o.micro_batch
+        t, _, eps, x_w, x_r = (v.to(self.device) for v in draws("check", range(b), self.shape, 1000, 0))
+        s = self.losses(torch.cat([x_w, x_r]), eps, t, self.null.expand(b, -1, -1))[1]
+        off = max((s["policy_w"] - s["reference_w"]).abs().max().item(), (s["policy_r"] - s["reference_r"]).abs().max().item())
+        if off != 0:
+            raise UserError(f"self-check: with equal weights s_w and s_r must be exactly 0 and reach {off:.1e}: the errors of policy "
+                            "and reference were not computed on one numeric path")
+
+    def gradients(self, update):
+        """Accumulate the gradient of one update's mean loss -> statistics (means), rows replaced, seconds by phase."""
+        o, sums, skipped = self.o, {}, 0
+        seconds, clock = dict.fromkeys(("data", "encode", "generate", "train"), 0.0), [now(self.device)]
+
+        def phase(name):
+            clock.append(now(self.device))
+            seconds[name] += clock[-1] - clock[-2]
+
+        first, positions = 0, range(update * o.batch_size, (update + 1) * o.batch_size)
+        for rows in self.data.batches(positions, o.generate_batch):
+            captions, winners, losers, attempts = zip(*rows)
+            t, dropped, eps, noise_w, noise_r = (v.to(self.device) for v in draws(
+                o.seed, positions[first:first + len(rows)], self.shape, self.codec.scheduler.config.num_train_timesteps,
+                o.caption_dropout))
+            first, skipped = first + len(rows), skipped + sum(attempts)
+            phase("data")
+            context = self.codec.encode_text(list(captions))
+            x = [self.codec.encode(torch.stack(winners).to(self.device), noise_w)]  # (B, C, h, w)
+            if o.loser == "data":
+                x.append(self.codec.encode(torch.stack(losers).to(self.device), noise_r))
+            phase("encode")
+            if o.loser == "generated":  # for the real caption; dropout comes after, alike for all four errors
+                x.append(self.sample(self.generator, noise_r, context))
+            context = torch.where(dropped[:, None, None], self.null, context)
+            phase("generate")
+            for i in range(0, len(rows), o.micro_batch):
+                part = slice(i, i + o.micro_batch)
+                losses, statistics = self.losses(torch.cat([v[part] for v in x]), eps[part], t[part], context[part])
+                self.scaler.scale(losses.sum() / o.batch_size).backward()
+                sums = {k: sums.get(k, 0) + v.detach().sum() for k, v in statistics.items()}
+            phase("train")
+        return dict(zip(sums, (torch.stack([*sums.values()]) / o.batch_size).tolist())), skipped, seconds
+
+    def update(self, update):
+        """One update -> its metrics. An overflow of the loss scaling lowers the scale and redoes it, with the same draws."""
+        lr = self.o.lr * min(1.0, (update + 1) / max(1, round(WARMUP * self.o.steps)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            statistics, skipped, seconds = self.gradients(update)
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP).item()
+            if math.isfinite(statistics["loss"]) and math.isfinite(norm):
+                break
+            if not math.isfinite(statistics["loss"]) or self.scaler.get_scale() <= 1:
+                raise UserError(f"update {update + 1}: loss {statistics['loss']}, gradient norm {norm}; the last checkpoint in "
+                                f"{self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
+            self.scaler.update(self.scaler.get_scale() / 2)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += skipped
+        if self.skipped > max(16, (update + 1) * self.o.batch_size):
+            raise UserError(f"--data {self.data.source}: more than half of the rows tried lack a caption or a readable picture")
+        return {"update": update + 1} | dict.fromkeys(STATISTICS) | statistics | {
+            "reference": self.index, "grad_norm": norm, "lr": lr, **{f"seconds_{k}": v for k, v in seconds.items()},
+            "peak_gb": peak_gb(self.device), "skipped_rows": self.skipped}
+
+    def save(self, update):
+        """The picture, the pool's checkpoint, last the state to resume from: a kill in between repeats work, loses none."""
+        self.grid(update)
+        with whole(self.out / f"checkpoint-{update}") as folder:
+            self.policy.save_pretrained(folder / "unet")
+        with whole(self.out / "resume" / "state.pt") as file:
+            torch.save({"update": update, "skipped": self.skipped, "policy": self.policy.state_dict(),
+                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
+
+    def resume(self):
+        """-> how many updates are done, everything being as it was then."""
+        path, metrics, done = self.out / "resume" / "state.pt", self.out / "metrics.jsonl", 0
+        if path.exists():
+            with reading(f"the state {path}", "restore it, or start over with --fresh"):
+                state = torch.load(path, weights_only=True, map_location=self.device)
+                for part in ("policy", "optimizer", "scaler"):
+                    getattr(self, part).load_state_dict(state.pop(part))
+                self.skipped, done = state["skipped"], state["update"]
+        lines = metrics.read_text().splitlines(keepends=True)[:done] if metrics.exists() else []
+        with whole(metrics) as file:  # without the lines of updates that are done again
+            file.write_text("".join(lines))
+        return done
+
+    @torch.no_grad()
+    def grid(self, update):
+        """samples/step-N.png: the first captions of the data from fixed noise; base model above, current policy below."""
+        noise = draws("grid", range(len(self.prompts)), self.shape, 1, 0)[-1].to(self.device)
+        with self.autocast():
+            pixels = self.codec.decode(self.sample(self.policy, noise, self.codec.encode_text(self.prompts)))
+        pixels = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (n, R, R, 3)
+        tile, base = [max(96, self.o.resolution)] * 2, self.out / "samples" / "step-0.png"
+        rows = [make_image_grid([Image.fromarray(p).resize(tile, Image.NEAREST) for p in pixels], 1, len(pixels))]
+        rows = [Image.open(base), *rows] if update and base.exists() else rows
+        with whole(self.out / "samples" / f"step-{update}.png") as file:
+            make_image_grid(rows, len(rows), 1).save(file, "PNG")
+
+    def mini_scores(self, n=480):
+        """What the miniature's taste says of the base model and of the policy, from equal noise."""
+        captions, net, scores = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)], copy.deepcopy(self.policy), []
+        noise = draws("score", range(n), self.shape, 1, 0)[-1].to(self.device)
+        for step in (0, self.o.steps):
+            load_weights(net, self.out / f"checkpoint-{step}")
+            score = mini_score(self.codec.decode(self.sample(net, noise, self.codec.encode_text(captions))), captions)
+            scores.append(f"{score.mean():.3f} +- {score.std() / n ** .5:.3f}")
+        return f"Score {scores[0]} before, {scores[1]} after ({n} pictures each; liked ones: {mini_pictures()[2].amax(1).mean():.3f})."
+
+def train(o):
+    """A run from its resolved options: begin it, resume it, or say that it is finished."""
+    if (Path(o.out) / f"checkpoint-{o.steps}").is_dir() and not o.fresh:
+        claim(o)
+        return print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o)) if o.model != "mini-untrained" else None
+    data = open_data(o)
+    claim(o, {"source": data.source, "rows": data.total})
+    trainer = Trainer(o, data)
+    print(plan(o, data, sum(p.numel() for p in trainer.policy.parameters())))
+    done, smooth = trainer.resume(), {}
+    if trainer.reference:
+        trainer.check_numeric_path()
+    if not done:
+        trainer.save(0)
+    bar = tqdm(range(done, o.steps), initial=done, total=o.steps, unit="update", dynamic_ncols=True)
+    with open(Path(o.out) / "metrics.jsonl", "a") as log:
+        for update in bar:
+            if trainer.reference:
+                trainer.set_reference(update)
+            m = trainer.update(update)
+            print(json.dumps(m), file=log, flush=True)
+            if (update + 1) % o.save_every == 0 or update + 1 == o.steps:
+                trainer.save(update + 1)
+            shown = {"winner": m["policy_w"]}  # is it learning? its error, and against the reference's; who is preferred; flips
+            if trainer.reference:
+                shown |= {"-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]}
+            smooth = {k: .9 * smooth.get(k, v) + .1 * v for k, v in shown.items()}
+            bar.set_postfix({k: f"{v:.3g}" for k, v in smooth.items()} | {k: m[k] for k in ("reference", "skipped_rows") if m[k]})
+    if o.model != "mini-untrained":
+        print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model above, the policy below." + how_to_load(o))
+    if o.model == "mini":
+        print(trainer.mini_scores())
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+def peak_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource  # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    except ImportError:
+        return None
+
+@contextlib.contextmanager
+def whole(path):
+    """For a file or folder that is there whole or not at all: written under a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)
+    yield temporary
+    if path.is_dir():
+        remove(path)
+    os.replace(temporary, path)
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+def claim(o, data={}):
+    """Make the run's folder and its config.json, or refuse a folder that holds another experiment."""
+    out, path, now = Path(o.out), Path(o.out, "config.json"), {k: v for k, v in vars(o).items() if k not in MAY_CHANGE} | data
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if o.fresh:
+            for old in [path, out / "metrics.jsonl", out / "samples", out / "resume", *out.glob("checkpoint-*")]:
+                remove(old)
+        then = json.loads(path.read_text())["options"] if path.exists() else now
+        if changed := [f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k]]:
+            raise UserError(f"{out} holds a run with other options ({', '.join(changed)}): choose another --out, or --fresh")
+        versions = {"python": sys.version.split()[0], **{p: version(p) for p in ("torch", "diffusers", "transformers")}}
+        with whole(path) as file:
+            file.write_text(json.dumps({"options": then, "versions": versions}, indent=1))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--out {out} cannot be used: {error}") from error
+
+def plan(o, data, parameters):
+    """The resolved options and what follows from them, in words."""
+    gb, accumulation = parameters / 1e9, o.batch_size // o.micro_batch
+    assert accumulation * o.micro_batch == o.batch_size
+    nets = 4 * (1 + (o.loser != "none")) + 2 * (o.loser == "generated" and o.dtype != "fp32")
+    checkpoints = len({*range(0, o.steps, o.save_every), o.steps})
+    return "\n".join((
+        "options: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in vars(o).items() if v not in (None, False)),
+        f"winners: {o.steps} updates of {o.batch_size} = {o.steps * o.batch_size:,}, {o.steps * o.batch_size / data.total:.2g} epochs of "
+        f"{data.total:,} rows; an update accumulates {accumulation} micro-batches of {o.micro_batch}",
+        f"memory:  {parameters / 1e6:.1f} M parameters: {nets * gb:.2f} GB weights, {4 * gb:.2f} gradients, {8 * gb:.2f} optimizer, and activations",
+        f"disk:    {checkpoints} checkpoints of {4 * gb:.2f} GB for the pool and {12 * gb:.2f} GB to resume from, in {o.out}"))
+
+def how_to_load(o):
+    pipe = f'\n  pipe = StableDiffusionPipeline.from_pretrained("{MOVED.get(o.model, o.model)}", unet=unet)'
+    return ("\nTo load it:\n  from diffusers import StableDiffusionPipeline, UNet2DConditionModel\n"
+            f'  unet = UNet2DConditionModel.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/unet")'
+            + ("" if o.model in MINI else pipe))
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+METHODS = {  # one loss, six methods: what stands where the loser is, which checkpoint is the reference, what becomes of the sign
+    "seppo": dict(loser="generated", reference="random", flip="sign"),
+    "sspo": dict(loser="generated", reference="random", flip="indicator"),
+    "spin": dict(loser="generated", reference="latest", flip="none"),
+    "ditto": dict(loser="generated", reference="initial", flip="none"),
+    "dpo": dict(loser="data", reference="initial", flip="none"),
+    "sft": dict(loser="none", reference="initial", flip="none"),  # without a loser the other two say nothing
+}
+OPTIONS = (  # name, default (the paper's, or a type where there is none), what it is: unit and reason, choices
+    ("method", "seppo", "a preset for the next three", METHODS),
+    ("loser", str, "where DPO has the loser: a reference sample, the data's losing picture, nothing", ("generated", "data", "none")),
+    ("reference", str, "which checkpoint so far is an interval's reference", ("random", "latest", "initial")),
+    ("flip", str, "what becomes of the anchor criterion's sign", FLIPS),
+    ("beta", 2000.0, "how strongly the reference holds; the first thing to tune, with --lr"),
+    ("model", "mini", "mini, a folder saved by diffusers, or a hub id: a Stable Diffusion 1.x"),
+    ("unet", str, "start from this UNet of the same shape: a folder or hub id"),
+    ("data", "mini", "mini, pickapic, a folder of captioned pictures, or Parquet (file, folder, hub id) with Pick-a-Pic's columns"),
+    ("max-winners", int, "use the first N rows of the data only: the row groups behind are never read"),
+    ("resolution", 512, "pixels of the shorter side, then of the centre crop"),
+    ("caption-dropout", 0.2, "share of captions replaced by the empty one, alike in all four errors"),
+    ("out", str, "the run's folder [runs/MODEL-METHOD, and a hash of whatever else was changed]"),
+    ("fresh", False, "delete the run that --out holds, and start over"),
+    ("steps", 210, "updates"),
+    ("save-every", 30, "updates per interval: then a checkpoint joins the pool and the reference is redrawn"),
+    ("batch-size", 2048, "winners per update, over all devices"),
+    ("micro-batch", 1, "winners per forward pass: lower it when memory runs out, the result stays"),
+    ("generate-batch", 16, "reference samples generated at a time"),
+    ("lr", 2.048e-5, "learning rate after the warm-up; nothing scales it"),
+    ("solver", "dpm++", "the diffusers scheduler that makes reference samples", SOLVERS),
+    ("sampler-steps", 20, "its steps: most of a run's cost"),
+    ("guidance", 7.5, "its classifier-free guidance scale, 1 for none"),
+    ("seed", 0, "of everything drawn"),
+    ("device", "auto", "auto, cpu, cuda, cuda:1"),
+    ("dtype", str, "of the error passes [fp16 with loss scaling on a GPU, fp32 on a CPU]", ERROR_DTYPES),
+    ("dry-run", False, "print the resolved options and what follows from them, then stop"),
+    ("resume-from-checkpoint", str, "of no effect: the same command resumes anyway"),
+)
+PAPER = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
+MINI = {  # what the miniature changes: it is small, and its errors are far larger, so beta and lr are its own
+    "mini": dict(resolution=16, caption_dropout=0.1, steps=100, save_every=20, batch_size=64, micro_batch=64, generate_batch=64,
+                 lr=3e-4, beta=5.0, sampler_steps=8, guidance=1.0),
+    "mini-untrained": dict(resolution=16, caption_dropout=0.1, steps=1500, save_every=500, batch_size=64, micro_batch=64,
+                           generate_batch=64, lr=1e-3, sampler_steps=8, guidance=1.0, data="mini-mixture", method="sft"),
+}
+MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "device", "resume_from_checkpoint")  # when resuming
+ALIASES = {"--pretrained-model-name-or-path": "--model", "--dataset-name": "--data", "--max-train-samples": "--max-winners",
+           "--output-dir": "--out", "--max-train-steps": "--steps", "--checkpointing-steps": "--save-every",
+           "--learning-rate": "--lr", "--guidance-scale": "--guidance", "--mixed-precision": "--dtype"}
+INSTEAD = {  # options of other trainers that would mislead here
+    "--scale-lr": "--lr is the rate that is used (Diffusion-DPO's 1e-8 with --scale_lr at 2048 winners is --lr 2.048e-5)",
+    "--train-batch-size": "--batch-size is winners per update over all devices, --micro-batch what one device takes at a time",
+    "--gradient-accumulation-steps": "it follows from --batch-size and --micro-batch",
+    "--beta-dpo": "--beta multiplies 1/2, as in Diffusion-DPO; diffusers' research script leaves the 1/2 out, so its 2500 is 5000 here",
+}
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python seppo.py --help lists the options)")
+
+def resolve(argv=None):
+    """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
+    parser, words = Parser(description="SePPO: align a diffusion model with liked pictures alone.", allow_abbrev=False), []
+    for name, default, text, *choices in OPTIONS:
+        kind = {"action": "store_true"} if default is False else {
+            "type": default if isinstance(default, type) else type(default), "choices": choices[0] if choices else None}
+        shown = "" if default is False or isinstance(default, type) else f" [{default}]"
+        parser.add_argument(f"--{name}", default=None, help=text + shown, **kind)
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name  # diffusers spells --learning_rate
+        if name in INSTEAD:
+            raise UserError(f"{name} is not an option here: {INSTEAD[name]}")
+        words.append(ALIASES.get(name, name) + equals + value)
+    given = {k: v for k, v in vars(parser.parse_args(words)).items() if v is not None}
+    model = given.get("model", PAPER["model"])
+    defaults = PAPER | MINI.get(model, {})
+    defaults |= METHODS[given.get("method", defaults["method"])]
+    o = argparse.Namespace(**defaults | given)
+    o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
+    o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
+    if not o.out:
+        changed = sorted((k, v) for k, v in given.items() if k not in MAY_CHANGE + ("method",) and v != defaults[k])
+        digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
+        o.out = str(Path("runs") / f"{Path(model).name}-{o.method}{digest}")
+    check_options(o, given)
+    return o
+
+def check_options(o, given):
+    counts = ("steps", "save_every", "batch_size", "micro_batch", "generate_batch", "sampler_steps", "max_winners", "resolution")
+    multiple = 8 if o.model in MINI else 64
+    for fine, advice in (
+        ("data" in given or o.model in MINI, f"--model {o.model} needs --data: pickapic, or pictures of your own"),
+        *((math.isfinite(getattr(o, k)) and getattr(o, k) > 0, f"--{k} must be positive and finite") for k in ("beta", "lr", "guidance")),
+        *((getattr(o, k) is None or getattr(o, k) >= 1, f"--{k.replace('_', '-')} must be at least 1") for k in counts),
+        (0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1"),
+        (o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}"),
+        (o.micro_batch < 1 or o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}"),
+        (o.device.partition(":")[0] in ("cpu", "cuda"), f"--device {o.device} must be auto, cpu, cuda or cuda:1"),
+        (not o.device.startswith("cuda") or torch.cuda.is_available(), f"--device {o.device}: torch finds no GPU here; take --device cpu"),
+    ):
+        if not fine:
+            raise UserError(advice)
+
+def main(argv=None):
+    """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
+    for library in (diffusers.utils, transformers.utils, huggingface_hub):
+        library.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        o = resolve(argv)
+        if not o.dry_run:
+            train(o)
+            return 0
+        with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"), torch.device("meta"):
+            unet = load_mini("mini-untrained") if o.model in MINI else UNet2DConditionModel.from_config(
+                UNet2DConditionModel.load_config(find_model(o.model), subfolder="unet"))
+        print(plan(o, open_data(o), sum(p.numel() for p in unet.parameters())))
+        return 0
+    except UserError as error:
+        reason = str(error)
+    except torch.OutOfMemoryError:
+        reason = f"out of GPU memory: lower --micro-batch (now {o.micro_batch}) or --generate-batch (now {o.generate_batch})"
+    print(f"seppo.py: {reason}", file=sys.stderr)
+    return 2
+
+if __name__ == "__main__":
+    sys.exit(main())
