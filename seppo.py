@@ -321,17 +321,17 @@ def load_unet(name):
 
 def load_models(o):
     """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError."""
-    mini = (load_mini(o.model), Miniature(o.device)) if o.model in MINI else None
+    if o.model in MINI:
+        unet, codec = load_mini(o.model), Miniature(o.device)
     with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
-        if not mini:
-            folder = find_model(o.model)
-            if not Path(folder).is_dir():
-                folder = diffusers.DiffusionPipeline.download(folder, safety_checker=None, feature_extractor=None)
-        unet, codec = mini or (load_unet(Path(folder, "unet")), StableDiffusion(folder, o.device, GENERATE_DTYPES[o.dtype]))
+        if o.model not in MINI:
+            folder = o.model if Path(o.model).is_dir() else diffusers.DiffusionPipeline.download(
+                MOVED.get(o.model, o.model), safety_checker=None, feature_extractor=None)
+            unet, codec = load_unet(Path(folder, "unet")), StableDiffusion(folder, o.device, GENERATE_DTYPES[o.dtype])
         takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
         if takes != gives or unet.config.addition_embed_type or codec.scheduler.config.prediction_type == "sample":
-            raise ValueError(f"no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes "
-                             f"{takes}, and predicts {codec.scheduler.config.prediction_type}")
+            raise ValueError(f"not a text-to-image Stable Diffusion 1.x: the channels of latents and captions are {gives}, its "
+                             f"UNet takes {takes}, and predicts {codec.scheduler.config.prediction_type}")
     if o.unet:
         with reading(f"--unet {o.unet}", "it takes a folder or hub id with a UNet of the shape that --model has"):
             other = load_unet(o.unet)
@@ -339,13 +339,6 @@ def load_models(o):
                 raise ValueError("another shape than the UNet of --model")
             unet = other
     return unet.to(o.device).eval(), codec  # eval: dropout would part policy and reference
-
-def find_model(name):
-    """MOVED, said once."""
-    if name in MOVED and not Path(name).is_dir():
-        print(f"model: {name} is gone from the hub; this takes its copy {MOVED[name]}")
-        return MOVED[name]
-    return name
 
 @torch.no_grad()
 def load_weights(unet, folder):
