@@ -16,6 +16,10 @@ import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, js
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import diffusers, huggingface_hub, torch, transformers
 import torch.nn.functional as F
@@ -126,11 +130,13 @@ def draws(seed, positions, shape, timesteps, dropout):
 
 PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2", "yuvalkirstain/pickapic_v2")  # the last: the paper's, gone
 COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0"}  # label_0: 1 = jpg_0 wins, 0 = jpg_1 wins, 0.5 = a tie
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-MAX_PIXELS = 64e6  # a few kilobytes of JPEG can ask for gigabytes
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
+
+def need(condition, message):
+    if not condition:
+        raise UserError(message)
 
 @contextlib.contextmanager
 def reading(what, advice):
@@ -149,26 +155,23 @@ class Winners:
     Rows come in groups that are read whole (a Parquet row group). Per epoch the shards, the groups in a shard and the rows
     in a group are shuffled, by (seed, epoch) alone. A tie's place is taken by another row of its group. A row of no use
     (no caption, no picture) is replaced by one that (seed, position, attempt) determines, and counted.
-    groups: (shard, group, rows) of each. read(shard, group, rows) -> the first `rows` rows, less the ties, each a (caption,
-    winner, loser); a picture is bytes, a path or pixels. losers: whether the losers are wanted.
+    groups: (shard, group, rows) of each. read(shard, group, rows) -> the first `rows` rows, less the ties: (caption, winner)
+    or (caption, winner, loser), a picture being bytes, a path or pixels. losers: whether the losers are wanted.
     """
 
     def __init__(self, source, groups, read, losers=False, seed=0, resolution=512, max_winners=None):
         self.source, self.read, self.losers, self.seed, self.resolution = source, read, losers, seed, resolution
-        self.shards, self.total, self.lock = {}, 0, threading.Lock()  # shard -> [(shard, group, rows)]
+        self.groups, self.total, self.lock, self.pool = [], 0, threading.Lock(), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         for shard, group, rows in groups:
             rows = min(rows, math.inf if max_winners is None else max_winners - self.total)
-            self.shards.setdefault(shard, []).extend([(shard, group, rows)] if rows else [])
-            self.total += rows
-        if not self.total:
-            raise UserError(f"--data {source} has no rows")
+            self.groups, self.total = self.groups + [(shard, group, rows)] * (rows > 0), self.total + rows
+        need(self.total, f"--data {source} has no rows")
+        need(not losers or len(self.row(0)) > 2, f"--data {source} has no losing pictures, which --loser data (--method dpo) needs")
 
     @functools.lru_cache(2)
     def epoch(self, epoch):
         """The groups in this epoch's order, and the place in the epoch where each ends."""
-        rng = random.Random(key(self.seed, "epoch", epoch))
-        shards = rng.sample(list(self.shards.values()), len(self.shards))
-        order = [group for shard in shards for group in rng.sample(shard, len(shard))]
+        order = sorted(self.groups, key=lambda group: (key(self.seed, epoch, group[0]), key(self.seed, epoch, group)))
         return order, list(itertools.accumulate(rows for _, _, rows in order))
 
     @functools.lru_cache(4)
@@ -205,21 +208,12 @@ class Winners:
                 reason = error
         raise UserError(f"--data {self.source}: 100 rows in a row are of no use (the last: {reason})")
 
-    def batches(self, positions, size):
-        """Yields fetched rows, `size` positions at a time; the next are being decoded while these are used."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            ahead = []
-            for i in range(0, len(positions) + size, size):
-                ready, ahead = ahead, [pool.submit(self.fetch, n) for n in positions[i:i + size]]
-                if ready:
-                    yield [row.result() for row in ready]
-
 def to_pixels(picture, resolution, flip=False):
     """Bytes or a path -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay."""
     if isinstance(picture, torch.Tensor):
         return picture.flip(-1) if flip else picture
     with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-        if image.width * image.height > MAX_PIXELS:
+        if image.width * image.height > 64e6:  # a few kilobytes can ask for gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")
         image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.BILINEAR)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
@@ -227,32 +221,23 @@ def to_pixels(picture, resolution, flip=False):
 
 def open_data(o):
     """--data: the miniature, a folder of captioned pictures, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
-    path = Path(o.data)
-    if o.data in ("mini", "mini-mixture"):
-        opened = open_mini(o.data)
-    elif path.is_dir() and not any(path.rglob("*.parquet")):
-        opened = open_folder(path)
-    else:
-        opened = open_parquet(o.data)
-    data = Winners(*opened, o.loser == "data", o.seed, o.resolution, o.max_winners)
-    if data.losers and data.row(0)[2] is None:
-        raise UserError(f"--data {o.data} has no losing pictures, which --loser data (--method dpo) needs: use another --method")
-    return data
+    folder = Path(o.data).is_dir() and not any(Path(o.data).rglob("*.parquet"))
+    source = open_mini if o.data in ("mini", "mini-mixture") else open_folder if folder else open_parquet
+    return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners)
 
-def open_folder(path):
+def open_folder(name):
     """A folder with metadata.jsonl ({"file_name": ..., "text": ...} a line), or with name.txt beside name.jpg."""
-    advice = 'a folder needs captions: a metadata.jsonl of {"file_name": ..., "text": ...} lines, or name.txt beside name.jpg'
-    with reading(f"--data {path}", advice):
-        if (path / "metadata.jsonl").exists():
-            lines = map(json.loads, filter(str.strip, (path / "metadata.jsonl").read_text("utf-8").splitlines()))
-            rows = [(line.get("text"), path / line["file_name"], None) for line in lines]
+    table, advice = Path(name, "metadata.jsonl"), "captions stand in metadata.jsonl as file_name and text, or in name.txt beside name.jpg"
+    with reading(f"--data {name}", advice):
+        if table.exists():
+            lines = [json.loads(line) for line in table.read_text("utf-8").splitlines() if line.strip()]
+            rows = [(line.get("text"), Path(name, line["file_name"])) for line in lines]
         else:
-            pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
-            rows = [(c.read_text("utf-8") if c.exists() else None, p, None)
-                    for p, c in ((p, p.with_suffix(".txt")) for p in pictures)]
-        if not any(caption for caption, _, _ in rows):
+            pictures = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in Image.registered_extensions())
+            rows = [(c.read_text("utf-8") if (c := p.with_suffix(".txt")).exists() else None, p) for p in pictures]
+        if not any(caption for caption, _ in rows):
             raise ValueError("no captioned pictures")
-    return str(path), [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
+    return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
 
 def open_parquet(name):
     """Parquet files with COLUMNS, read by row groups, over the network too: Pick-a-Pic's 335 GB never land on a disk."""
@@ -268,10 +253,8 @@ def open_parquet(name):
             load_dataset_builder(source, revision=revision).config.data_files["train"])
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
             footers = list(pool.map(lambda file: ParquetFile(fsspec.open(file).open()).metadata, files))
-    for file, footer in zip(files, footers):
-        if lacking := COLUMNS - set(footer.schema.names):
-            raise UserError(f"--data {file} lacks the column {', '.join(sorted(lacking))}: it needs Pick-a-Pic's "
-                            f"{', '.join(sorted(COLUMNS))}, and has {', '.join(footer.schema.names)}")
+    for file, names in ((file, footer.schema.names) for file, footer in zip(files, footers)):
+        need(COLUMNS <= {*names}, f"--data {file} lacks {', '.join(COLUMNS - {*names})} of Pick-a-Pic's columns; it has {', '.join(names)}")
 
     def read(i, group, n):
         table = ParquetFile(fsspec.open(files[i]).open()).read_row_group(group, columns=sorted(COLUMNS)).slice(0, n)
@@ -290,27 +273,24 @@ class StableDiffusion:
     """What stands between pictures, captions and a Stable Diffusion UNet: VAE, CLIP text encoder, noise schedule."""
 
     def __init__(self, folder, device, dtype):
-        load = dict(low_cpu_mem_usage=False, torch_dtype=dtype)
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         self.text = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype).to(device)
-        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **load).to(device).eval()
+        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False).to(device)
+        self.text.requires_grad_(False), self.vae.requires_grad_(False)
         self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
         self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         self.channels, self.width = self.vae.config.latent_channels, self.text.config.hidden_size
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent: 8
 
-    @torch.no_grad()
     def encode_text(self, captions):  # -> (B, 77, 768)
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
                              max_length=self.text.config.max_position_embeddings).input_ids
         return self.text(ids.to(self.text.device))[0].float()
 
-    @torch.no_grad()
     def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), drawn from the VAE's posterior
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents):  # back, clamped to [-1, 1]
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
@@ -323,21 +303,19 @@ def load_models(o):
     """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError."""
     if o.model in MINI:
         unet, codec = load_mini(o.model), Miniature(o.device)
-    with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
-        if o.model not in MINI:
+    else:
+        with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
             folder = o.model if Path(o.model).is_dir() else diffusers.DiffusionPipeline.download(
                 MOVED.get(o.model, o.model), safety_checker=None, feature_extractor=None)
             unet, codec = load_unet(Path(folder, "unet")), StableDiffusion(folder, o.device, GENERATE_DTYPES[o.dtype])
-        takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
-        if takes != gives or unet.config.addition_embed_type or codec.scheduler.config.prediction_type == "sample":
-            raise ValueError(f"not a text-to-image Stable Diffusion 1.x: the channels of latents and captions are {gives}, its "
-                             f"UNet takes {takes}, and predicts {codec.scheduler.config.prediction_type}")
+    takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
+    need(takes == gives and not unet.config.addition_embed_type and codec.scheduler.config.prediction_type != "sample",
+         f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
     if o.unet:
-        with reading(f"--unet {o.unet}", "it takes a folder or hub id with a UNet of the shape that --model has"):
-            other = load_unet(o.unet)
-            if [p.shape for p in other.parameters()] != [p.shape for p in unet.parameters()]:
-                raise ValueError("another shape than the UNet of --model")
-            unet = other
+        with reading(f"--unet {o.unet}", "it takes a folder or hub id with a UNet as diffusers saves it"):
+            base, unet = unet, load_unet(o.unet)
+        same = [p.shape for p in base.parameters()] == [p.shape for p in unet.parameters()]
+        need(same, f"--unet {o.unet} has another shape than the UNet of --model {o.model}")
     return unet.to(o.device).eval(), codec  # eval: dropout would part policy and reference
 
 @torch.no_grad()
@@ -376,26 +354,17 @@ def mini_score(pixels, captions):
     ideal = draw_mini(captions, torch.zeros(len(captions), 5)).to(pixels.device)
     return 1 - (pixels - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
 
-@functools.lru_cache(1)
-def mini_pictures(n=2048):
-    """The data: n captions, (n, 4, 3, 16, 16) pictures of each, and their (n, 4) scores."""
+@functools.lru_cache(2)
+def open_mini(name, n=2048):
+    """The miniature's data, of n captions: `mini` has the liked picture of four and another, `mini-mixture` all, unjudged."""
     g = torch.Generator().manual_seed(0)
     captions = [CAPTIONS[i] for i in torch.randint(len(CAPTIONS), (n,), generator=g)]
-    flaws = torch.rand(n, 4, 5, generator=g)
-    flaws[..., :2] = 1.2 * flaws[..., :2] - .6
-    pictures = torch.stack([draw_mini(captions, flaws[:, i]) for i in range(4)], 1)
-    return captions, pictures, torch.stack([mini_score(pictures[:, i], captions) for i in range(4)], 1)
-
-def open_mini(name):
-    captions, pictures, scores = mini_pictures()
-    best = scores.argmax(1).tolist()
+    flaws = torch.rand(4, n, 5, generator=g) * torch.tensor([1.2, 1.2, 1, 1, 1]) - torch.tensor([.6, .6, 0, 0, 0])
+    pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, 16, 16)
+    best = torch.stack([mini_score(p, captions) for p in pictures.unbind(1)], 1).argmax(1).tolist()
     rows = [(c, four[i], four[i - 1]) for c, four, i in zip(captions, pictures, best)] if name == "mini" else [
-        (c, picture, None) for c, four in zip(captions, pictures) for picture in four]
+        (c, picture) for c, four in zip(captions, pictures) for picture in four]
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
-
-@functools.lru_cache(None)
-def word_vector(word):
-    return torch.randn(32, generator=torch.Generator().manual_seed(key(word)))
 
 class Miniature:
     """In the place of VAE, text encoder and noise schedule: latents are rearranged pixels, captions four word vectors."""
@@ -403,13 +372,14 @@ class Miniature:
     channels, width, factor = 12, 32, 2
 
     def __init__(self, device):
-        self.device = device
+        self.device, self.words = device, functools.lru_cache(None)(
+            lambda word: torch.randn(self.width, generator=torch.Generator().manual_seed(key(word))))
         self.scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, clip_sample=False,
                                        prediction_type="v_prediction", timestep_spacing="trailing")
 
     def encode_text(self, captions):  # -> (B, 4, 32)
         words = [(caption.split() + [""] * 4)[:4] for caption in captions]
-        return torch.stack([torch.stack([*map(word_vector, four)]) for four in words]).to(self.device)
+        return torch.stack([torch.stack([self.words(word) for word in four]) for four in words]).to(self.device)
 
     def encode(self, pixels, noise):  # (B, 3, 16, 16) -> (B, 12, 8, 8)
         return F.pixel_unshuffle(pixels, self.factor)
@@ -420,8 +390,6 @@ class Miniature:
 def load_mini(name):
     """The miniature's UNet: untrained, or the base model, which this very script trains, once."""
     if name == "mini":
-        if not Path(MINI_BASE, f"checkpoint-{MINI['mini-untrained']['steps']}").is_dir():
-            print("The miniature's base model first; it stays in", MINI_BASE)
         o = resolve(["--model", "mini-untrained", "--out", MINI_BASE])
         train(o)
         return load_unet(f"{MINI_BASE}/checkpoint-{o.steps}")
@@ -437,7 +405,9 @@ ADAMW, CLIP, WARMUP = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2), 1.0
 ERROR_DTYPES = {"fp32": None, "tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Generating, encoding and decoding: rounding is harmless there, so a half-precision copy of the reference generates.
 GENERATE_DTYPES = {"fp32": torch.float32, "tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
-STATISTICS = ("loss", "logit", "implicit_acc", "policy_w", "reference_w", "policy_r", "reference_r", "sign_neg", "sign_zero", "sign_pos")
+STATISTICS = ("loss", "logit", "implicit_acc", "policy_w", "reference_w", "policy_r", "reference_r",
+              "sign_neg", "sign_zero", "sign_pos")
+PHASES = ("data", "encode", "generate", "train")
 
 class Trainer:
     """A run: the policy, its reference, the optimizer, and the pool on disk (checkpoint-0 is the base model)."""
@@ -452,17 +422,12 @@ class Trainer:
             self.generator = copy.deepcopy(self.reference).to(GENERATE_DTYPES[o.dtype])
         self.shape = (self.codec.channels, *[o.resolution // self.codec.factor] * 2)  # of one sample's latents
         self.null = self.codec.encode_text([""])  # (1, tokens, width)
+        self.sample = functools.partial(sample, scheduler=self.codec.scheduler, null=self.null, solver=o.solver,
+                                        steps=o.sampler_steps, guidance=o.guidance)
+        self.autocast = functools.partial(torch.autocast, self.device.type, ERROR_DTYPES[o.dtype], bool(ERROR_DTYPES[o.dtype]))
         self.prompts = [data.fetch(i)[0] for i in range(12 if o.model in MINI else 4)]  # of the sample pictures
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, fused=True, **ADAMW)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.dtype == "fp16")
-
-    def autocast(self):
-        dtype = ERROR_DTYPES[self.o.dtype]
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-
-    def sample(self, unet, noise, context):  # (B, *shape), (B, tokens, width) -> (B, *shape)
-        o = self.o
-        return sample(unet, self.codec.scheduler, noise, context, self.null, o.solver, o.sampler_steps, o.guidance)
 
     def set_reference(self, update):
         """Redraw the reference, once per interval of save_every updates, from the checkpoints there are by then."""
@@ -494,72 +459,65 @@ class Trainer:
     def check_numeric_path(self):
         """With equal weights s_w and s_r must be exactly 0, or beta makes preferences out of rounding."""
         self.reference.load_state_dict(self.policy.state_dict())
-        b = self.o.micro_batch
-        t, _, eps, x_w, x_r = (v.to(self.device) for v in draws("check", range(b), self.shape, 1000, 0))
-        s = self.losses(torch.cat([x_w, x_r]), eps, t, self.null.expand(b, -1, -1))[1]
-        off = max((s["policy_w"] - s["reference_w"]).abs().max().item(), (s["policy_r"] - s["reference_r"]).abs().max().item())
-        if off != 0:
-            raise UserError(f"self-check: with equal weights s_w and s_r must be exactly 0 and reach {off:.1e}: the errors of policy "
-                            "and reference were not computed on one numeric path")
+        t, _, eps, x_w, x_r = (v.to(self.device) for v in draws("check", range(self.o.micro_batch), self.shape, 1000, 0))
+        _, s = self.losses(torch.cat([x_w, x_r]), eps, t, self.null.expand(len(t), -1, -1))
+        need(torch.equal(s["policy_w"], s["reference_w"]) and torch.equal(s["policy_r"], s["reference_r"]),
+             f"self-check: s_w and s_r must be exactly 0 at equal weights, and logits reach {s['logit'].abs().max():.1e}: the errors of "
+             "policy and reference were not computed on one numeric path")
 
     def gradients(self, update):
         """Accumulate the gradient of one update's mean loss -> statistics (means), rows replaced, seconds by phase."""
-        o, sums, skipped = self.o, {}, 0
-        seconds, clock = dict.fromkeys(("data", "encode", "generate", "train"), 0.0), [now(self.device)]
-
-        def phase(name):
-            clock.append(now(self.device))
-            seconds[name] += clock[-1] - clock[-2]
-
-        first, positions = 0, range(update * o.batch_size, (update + 1) * o.batch_size)
-        for rows in self.data.batches(positions, o.generate_batch):
-            captions, winners, losers, attempts = zip(*rows)
+        o, sums, skipped, marks = self.o, {}, 0, [now(self.device)]
+        everything = range(update * o.batch_size, (update + 1) * o.batch_size)
+        for positions in (everything[i:i + o.generate_batch] for i in range(0, o.batch_size, o.generate_batch)):
+            captions, winners, losers, attempts = zip(*self.data.pool.map(self.data.fetch, positions))
+            skipped += sum(attempts)
             t, dropped, eps, noise_w, noise_r = (v.to(self.device) for v in draws(
-                o.seed, positions[first:first + len(rows)], self.shape, self.codec.scheduler.config.num_train_timesteps,
-                o.caption_dropout))
-            first, skipped = first + len(rows), skipped + sum(attempts)
-            phase("data")
+                o.seed, positions, self.shape, self.codec.scheduler.config.num_train_timesteps, o.caption_dropout))
+            marks.append(now(self.device))
             context = self.codec.encode_text(list(captions))
             x = [self.codec.encode(torch.stack(winners).to(self.device), noise_w)]  # (B, C, h, w)
             if o.loser == "data":
                 x.append(self.codec.encode(torch.stack(losers).to(self.device), noise_r))
-            phase("encode")
+            marks.append(now(self.device))
             if o.loser == "generated":  # for the real caption; dropout comes after, alike for all four errors
-                x.append(self.sample(self.generator, noise_r, context))
+                x.append(self.sample(self.generator, noise=noise_r, context=context))
             context = torch.where(dropped[:, None, None], self.null, context)
-            phase("generate")
-            for i in range(0, len(rows), o.micro_batch):
+            marks.append(now(self.device))
+            for i in range(0, len(positions), o.micro_batch):
                 part = slice(i, i + o.micro_batch)
                 losses, statistics = self.losses(torch.cat([v[part] for v in x]), eps[part], t[part], context[part])
                 self.scaler.scale(losses.sum() / o.batch_size).backward()
                 sums = {k: sums.get(k, 0) + v.detach().sum() for k, v in statistics.items()}
-            phase("train")
+            marks.append(now(self.device))
+        seconds = {f"seconds_{name}": sum(b - a for a, b in zip(marks[i::4], marks[i + 1::4])) for i, name in enumerate(PHASES)}
         return dict(zip(sums, (torch.stack([*sums.values()]) / o.batch_size).tolist())), skipped, seconds
 
     def update(self, update):
         """One update -> its metrics. An overflow of the loss scaling lowers the scale and redoes it, with the same draws."""
+        if self.reference:
+            self.set_reference(update)
         lr = self.o.lr * min(1.0, (update + 1) / max(1, round(WARMUP * self.o.steps)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             statistics, skipped, seconds = self.gradients(update)
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP).item()
             if math.isfinite(statistics["loss"]) and math.isfinite(norm):
                 break
-            if not math.isfinite(statistics["loss"]) or self.scaler.get_scale() <= 1:
-                raise UserError(f"update {update + 1}: loss {statistics['loss']}, gradient norm {norm}; the last checkpoint in "
-                                f"{self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
+            need(math.isfinite(statistics["loss"]) and self.scaler.get_scale() > 1, f"update {update + 1}: loss {statistics['loss']}, gradient "
+                 f"norm {norm}; the last checkpoint in {self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
             self.scaler.update(self.scaler.get_scale() / 2)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # before anything is saved: it frees a third of the memory
         self.skipped += skipped
-        if self.skipped > max(16, (update + 1) * self.o.batch_size):
-            raise UserError(f"--data {self.data.source}: more than half of the rows tried lack a caption or a readable picture")
+        need(self.skipped <= max(16, (update + 1) * self.o.batch_size),
+             f"--data {self.data.source}: more than half of the rows tried lack a caption or a readable picture")
         return {"update": update + 1} | dict.fromkeys(STATISTICS) | statistics | {
-            "reference": self.index, "grad_norm": norm, "lr": lr, **{f"seconds_{k}": v for k, v in seconds.items()},
+            "reference": self.index, "grad_norm": norm, "lr": lr, **seconds,
             "peak_gb": peak_gb(self.device), "skipped_rows": self.skipped}
 
     def save(self, update):
@@ -576,7 +534,7 @@ class Trainer:
         path, metrics, done = self.out / "resume" / "state.pt", self.out / "metrics.jsonl", 0
         if path.exists():
             with reading(f"the state {path}", "restore it, or start over with --fresh"):
-                state = torch.load(path, weights_only=True, map_location=self.device)
+                state = torch.load(path, weights_only=True, map_location="cpu")
                 for part in ("policy", "optimizer", "scaler"):
                     getattr(self, part).load_state_dict(state.pop(part))
                 self.skipped, done = state["skipped"], state["update"]
@@ -590,7 +548,7 @@ class Trainer:
         """samples/step-N.png: the first captions of the data from fixed noise; base model above, current policy below."""
         noise = draws("grid", range(len(self.prompts)), self.shape, 1, 0)[-1].to(self.device)
         with self.autocast():
-            pixels = self.codec.decode(self.sample(self.policy, noise, self.codec.encode_text(self.prompts)))
+            pixels = self.codec.decode(self.sample(self.policy, noise=noise, context=self.codec.encode_text(self.prompts)))
         pixels = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (n, R, R, 3)
         tile, base = [max(96, self.o.resolution)] * 2, self.out / "samples" / "step-0.png"
         rows = [make_image_grid([Image.fromarray(p).resize(tile, Image.NEAREST) for p in pixels], 1, len(pixels))]
@@ -601,23 +559,24 @@ class Trainer:
     def mini_scores(self, n=480):
         """What the miniature's taste says of the base model and of the policy, from equal noise."""
         captions, net, scores = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)], copy.deepcopy(self.policy), []
-        noise = draws("score", range(n), self.shape, 1, 0)[-1].to(self.device)
+        noise, context = draws("score", range(n), self.shape, 1, 0)[-1].to(self.device), self.codec.encode_text(captions)
         for step in (0, self.o.steps):
             load_weights(net, self.out / f"checkpoint-{step}")
-            score = mini_score(self.codec.decode(self.sample(net, noise, self.codec.encode_text(captions))), captions)
+            score = mini_score(self.codec.decode(self.sample(net, noise=noise, context=context)), captions)
             scores.append(f"{score.mean():.3f} +- {score.std() / n ** .5:.3f}")
-        return f"Score {scores[0]} before, {scores[1]} after ({n} pictures each; liked ones: {mini_pictures()[2].amax(1).mean():.3f})."
+        captions, liked, _ = zip(*open_mini("mini")[2](0, 0, 2048))
+        return f"Score {scores[0]} before, {scores[1]} after ({n} pictures each; liked ones: {mini_score(torch.stack(liked), captions).mean():.3f})."
 
 def train(o):
     """A run from its resolved options: begin it, resume it, or say that it is finished."""
     if (Path(o.out) / f"checkpoint-{o.steps}").is_dir() and not o.fresh:
         claim(o)
-        return print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o)) if o.model != "mini-untrained" else None
+        return o.model == "mini-untrained" or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
     data = open_data(o)
     claim(o, {"source": data.source, "rows": data.total})
-    trainer = Trainer(o, data)
+    trainer, smooth = Trainer(o, data), {}
     print(plan(o, data, sum(p.numel() for p in trainer.policy.parameters())))
-    done, smooth = trainer.resume(), {}
+    done = trainer.resume()
     if trainer.reference:
         trainer.check_numeric_path()
     if not done:
@@ -625,15 +584,13 @@ def train(o):
     bar = tqdm(range(done, o.steps), initial=done, total=o.steps, unit="update", dynamic_ncols=True)
     with open(Path(o.out) / "metrics.jsonl", "a") as log:
         for update in bar:
-            if trainer.reference:
-                trainer.set_reference(update)
             m = trainer.update(update)
             print(json.dumps(m), file=log, flush=True)
             if (update + 1) % o.save_every == 0 or update + 1 == o.steps:
                 trainer.save(update + 1)
-            shown = {"winner": m["policy_w"]}  # is it learning? its error, and against the reference's; who is preferred; flips
-            if trainer.reference:
-                shown |= {"-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]}
+            # Is it learning? The winners' error and what it is against the reference's, who is preferred, the share of flips.
+            shown = {"winner": m["policy_w"]} | ({} if not trainer.reference else {
+                "-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]})
             smooth = {k: .9 * smooth.get(k, v) + .1 * v for k, v in shown.items()}
             bar.set_postfix({k: f"{v:.3g}" for k, v in smooth.items()} | {k: m[k] for k in ("reference", "skipped_rows") if m[k]})
     if o.model != "mini-untrained":
@@ -649,11 +606,7 @@ def now(device):
 def peak_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource  # not on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    except ImportError:
-        return None
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 @contextlib.contextmanager
 def whole(path):
@@ -678,8 +631,8 @@ def claim(o, data={}):
             for old in [path, out / "metrics.jsonl", out / "samples", out / "resume", *out.glob("checkpoint-*")]:
                 remove(old)
         then = json.loads(path.read_text())["options"] if path.exists() else now
-        if changed := [f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k]]:
-            raise UserError(f"{out} holds a run with other options ({', '.join(changed)}): choose another --out, or --fresh")
+        changed = ", ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k])
+        need(not changed, f"{out} holds a run with other options ({changed}): choose another --out, or --fresh")
         versions = {"python": sys.version.split()[0], **{p: version(p) for p in ("torch", "diffusers", "transformers")}}
         with whole(path) as file:
             file.write_text(json.dumps({"options": then, "versions": versions}, indent=1))
@@ -688,22 +641,18 @@ def claim(o, data={}):
 
 def plan(o, data, parameters):
     """The resolved options and what follows from them, in words."""
-    gb, accumulation = parameters / 1e9, o.batch_size // o.micro_batch
-    assert accumulation * o.micro_batch == o.batch_size
-    nets = 4 * (1 + (o.loser != "none")) + 2 * (o.loser == "generated" and o.dtype != "fp32")
-    checkpoints = len({*range(0, o.steps, o.save_every), o.steps})
-    return "\n".join((
-        "options: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in vars(o).items() if v not in (None, False)),
-        f"winners: {o.steps} updates of {o.batch_size} = {o.steps * o.batch_size:,}, {o.steps * o.batch_size / data.total:.2g} epochs of "
-        f"{data.total:,} rows; an update accumulates {accumulation} micro-batches of {o.micro_batch}",
-        f"memory:  {parameters / 1e6:.1f} M parameters: {nets * gb:.2f} GB weights, {4 * gb:.2f} gradients, {8 * gb:.2f} optimizer, and activations",
-        f"disk:    {checkpoints} checkpoints of {4 * gb:.2f} GB for the pool and {12 * gb:.2f} GB to resume from, in {o.out}"))
+    gb, winners, checkpoints = 4e-9 * parameters, o.steps * o.batch_size, len({*range(0, o.steps, o.save_every), o.steps})
+    nets = 1 + (o.loser != "none") + (o.loser == "generated" and o.dtype != "fp32") / 2
+    return (", ".join(f"{k.replace('_', '-')} {v}" for k, v in vars(o).items() if v not in (None, False))
+            + f"\n{o.steps} updates of {o.batch_size} = {winners:,} winners, {winners / data.total:.2g} epochs of {data.total:,} rows; an "
+            f"update accumulates {o.batch_size // o.micro_batch} micro-batches of {o.micro_batch}\n{parameters / 1e6:.1f} M parameters: memory "
+            f"for weights {nets * gb:.2f} GB, gradients {gb:.2f}, optimizer {2 * gb:.2f}, and activations; disk for {checkpoints} checkpoints "
+            f"{checkpoints * gb:.2f} GB, to resume from {3 * gb:.2f}")
 
 def how_to_load(o):
-    pipe = f'\n  pipe = StableDiffusionPipeline.from_pretrained("{MOVED.get(o.model, o.model)}", unet=unet)'
+    pipe = f'\n  pipe = StableDiffusionPipeline.from_pretrained("{MOVED.get(o.model, o.model)}", unet=unet)' * (o.model not in MINI)
     return ("\nTo load it:\n  from diffusers import StableDiffusionPipeline, UNet2DConditionModel\n"
-            f'  unet = UNet2DConditionModel.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/unet")'
-            + ("" if o.model in MINI else pipe))
+            f'  unet = UNet2DConditionModel.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/unet")' + pipe)
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
@@ -762,23 +711,18 @@ INSTEAD = {  # options of other trainers that would mislead here
     "--beta-dpo": "--beta multiplies 1/2, as in Diffusion-DPO; diffusers' research script leaves the 1/2 out, so its 2500 is 5000 here",
 }
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (python seppo.py --help lists the options)")
-
 def resolve(argv=None):
     """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
-    parser, words = Parser(description="SePPO: align a diffusion model with liked pictures alone.", allow_abbrev=False), []
+    parser, words = argparse.ArgumentParser(description="SePPO: align a diffusion model with liked pictures.", allow_abbrev=False), []
+    parser.error = lambda message: need(False, f"{message} (python seppo.py --help lists the options)")
     for name, default, text, *choices in OPTIONS:
-        kind = {"action": "store_true"} if default is False else {
-            "type": default if isinstance(default, type) else type(default), "choices": choices[0] if choices else None}
-        shown = "" if default is False or isinstance(default, type) else f" [{default}]"
-        parser.add_argument(f"--{name}", default=None, help=text + shown, **kind)
+        kind = default if isinstance(default, type) else type(default)
+        parser.add_argument(f"--{name}", help=text if kind is default or default is False else f"{text} [{default}]", **(
+            {"action": "store_true", "default": None} if kind is bool else {"type": kind, "choices": choices[0] if choices else None}))
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name  # diffusers spells --learning_rate
-        if name in INSTEAD:
-            raise UserError(f"{name} is not an option here: {INSTEAD[name]}")
+        need(name not in INSTEAD, f"{name} is not an option here: {INSTEAD.get(name)}")
         words.append(ALIASES.get(name, name) + equals + value)
     given = {k: v for k, v in vars(parser.parse_args(words)).items() if v is not None}
     model = given.get("model", PAPER["model"])
@@ -791,24 +735,20 @@ def resolve(argv=None):
         changed = sorted((k, v) for k, v in given.items() if k not in MAY_CHANGE + ("method",) and v != defaults[k])
         digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
         o.out = str(Path("runs") / f"{Path(model).name}-{o.method}{digest}")
-    check_options(o, given)
+    check(o)
     return o
 
-def check_options(o, given):
-    counts = ("steps", "save_every", "batch_size", "micro_batch", "generate_batch", "sampler_steps", "max_winners", "resolution")
+def check(o):
+    for name, value in vars(o).items():
+        if isinstance(value, (int, float)) and name not in ("seed", "caption_dropout", "fresh", "dry_run"):
+            need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     multiple = 8 if o.model in MINI else 64
-    for fine, advice in (
-        ("data" in given or o.model in MINI, f"--model {o.model} needs --data: pickapic, or pictures of your own"),
-        *((math.isfinite(getattr(o, k)) and getattr(o, k) > 0, f"--{k} must be positive and finite") for k in ("beta", "lr", "guidance")),
-        *((getattr(o, k) is None or getattr(o, k) >= 1, f"--{k.replace('_', '-')} must be at least 1") for k in counts),
-        (0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1"),
-        (o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}"),
-        (o.micro_batch < 1 or o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}"),
-        (o.device.partition(":")[0] in ("cpu", "cuda"), f"--device {o.device} must be auto, cpu, cuda or cuda:1"),
-        (not o.device.startswith("cuda") or torch.cuda.is_available(), f"--device {o.device}: torch finds no GPU here; take --device cpu"),
-    ):
-        if not fine:
-            raise UserError(advice)
+    need(o.model in MINI or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
+    need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
+    need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
+    need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
+    need(o.device.partition(":")[0] in ("cpu", "cuda"), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
+    need(o.device == "cpu" or torch.cuda.is_available(), f"--device {o.device}: torch finds no GPU here; take --device cpu")
 
 def main(argv=None):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
@@ -817,19 +757,20 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     try:
         o = resolve(argv)
+        if o.model in MOVED and not Path(o.model).is_dir():
+            print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
         if not o.dry_run:
             train(o)
             return 0
         with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"), torch.device("meta"):
             unet = load_mini("mini-untrained") if o.model in MINI else UNet2DConditionModel.from_config(
-                UNet2DConditionModel.load_config(find_model(o.model), subfolder="unet"))
+                UNet2DConditionModel.load_config(MOVED.get(o.model, o.model), subfolder="unet"))
         print(plan(o, open_data(o), sum(p.numel() for p in unet.parameters())))
         return 0
     except UserError as error:
-        reason = str(error)
+        print(f"seppo.py: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        reason = f"out of GPU memory: lower --micro-batch (now {o.micro_batch}) or --generate-batch (now {o.generate_batch})"
-    print(f"seppo.py: {reason}", file=sys.stderr)
+        print(f"seppo.py: out of GPU memory: lower --micro-batch (now {o.micro_batch}) or --generate-batch (now {o.generate_batch})", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":

@@ -433,12 +433,13 @@ def test_miniature_learns(capsys):
 
 
 def test_taste_orders_pictures():
-    captions, pictures, scores = seppo.mini_pictures()
     flawless = seppo.draw_mini(seppo.CAPTIONS, torch.zeros(len(seppo.CAPTIONS), 5))
     torch.testing.assert_close(seppo.mini_score(flawless, seppo.CAPTIONS), torch.ones(len(seppo.CAPTIONS)))
     assert seppo.mini_score(torch.zeros_like(flawless), seppo.CAPTIONS).abs().max() < 1e-6
     name, groups, read = seppo.open_mini("mini")
-    for (caption, winner, loser), four in zip(read(0, 0, 50), scores[:50]):
+    every = seppo.open_mini("mini-mixture")[2](0, 0, 200)  # four pictures a caption
+    for i, (caption, winner, loser) in enumerate(read(0, 0, 50)):
+        four = seppo.mini_score(torch.stack([picture for _, picture in every[4 * i:4 * i + 4]]), [caption] * 4)
         liked, other = seppo.mini_score(torch.stack([winner, loser]), [caption] * 2)
         assert liked == four.max() and other < liked
     for flaw in range(5):
@@ -451,7 +452,7 @@ def test_taste_orders_pictures():
 
 @pytest.mark.parametrize("argv, says", [
     (["--lr", "0"], "--lr must be positive"), (["--beta", "nan"], "--beta must be positive"), (["--guidance", "-1"], "--guidance"),
-    (["--steps", "0"], "--steps must be at least 1"), (["--batch-size", "10", "--micro-batch", "4"], "multiple of --micro-batch"),
+    (["--steps", "0"], "--steps must be positive"), (["--batch-size", "10", "--micro-batch", "4"], "multiple of --micro-batch"),
     (["--resolution", "20"], "multiple of 8"), (["--model", "x", "--data", "y", "--resolution", "500"], "multiple of 64"),
     (["--scale_lr"], "2.048e-5"), (["--train_batch_size", "4"], "--batch-size"), (["--gradient_accumulation_steps=2"], "--micro-batch"),
     (["--bet", "3"], "unrecognized"), (["--method", "ppo"], "invalid choice"), (["--lr", "fast"], "invalid float"),
@@ -468,14 +469,14 @@ def test_refusals(argv, says, capsys):
 
 def test_refusals_of_data_and_models(pipeline, tmp_path, capsys):
     rows = pickapic_rows(8)
-    cases = {"lacks the column label_0": {k: v for k, v in rows.items() if k != "label_0"}, "100 rows": rows | {"jpg_0": [b"x"] * 8, "jpg_1": [b"x"] * 8}}
+    cases = {"lacks label_0 of Pick-a-Pic": {k: v for k, v in rows.items() if k != "label_0"}, "100 rows": rows | {"jpg_0": [b"x"] * 8, "jpg_1": [b"x"] * 8}}
     for i, (says, table) in enumerate(cases.items()):
         assert run(pipeline, write_parquet(tmp_path / f"{i}.parquet", table), "--out", f"o{i}") == 2
         assert says in capsys.readouterr().err
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:-100])
     assert run(pipeline, tmp_path / "torn.parquet") == 2 and "torn.parquet cannot be read" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert run(pipeline, tmp_path / "empty") == 2 and "needs captions" in capsys.readouterr().err
+    assert run(pipeline, tmp_path / "empty") == 2 and "captions stand in" in capsys.readouterr().err
     good = write_parquet(tmp_path / "good.parquet", rows)
     (tmp_path / "model").mkdir()
     assert run(tmp_path / "model", good) == 2 and "--model" in capsys.readouterr().err
