@@ -12,7 +12,7 @@ The same command again resumes. From top to bottom: the objective, the reference
 the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weight averaging, trackers (metrics.jsonl has
 one JSON object per update) and the safety checker (it judges pictures; training never leaves latent space).
 """
-import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math, os, random, shutil, sys, threading, time
+import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math, os, random, re, shutil, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -164,7 +164,8 @@ class Winners:
         self.groups, self.total, self.lock, self.pool = [], 0, threading.Lock(), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         for shard, group, rows in groups:
             rows = min(rows, math.inf if max_winners is None else max_winners - self.total)
-            self.groups, self.total = self.groups + [(shard, group, rows)] * (rows > 0), self.total + rows
+            self.groups += [(shard, group, rows)] * (rows > 0)
+            self.total += rows
         need(self.total, f"--data {source} has no rows")
         need(not losers or len(self.row(0)) > 2, f"--data {source} has no losing pictures, which --loser data (--method dpo) needs")
 
@@ -242,8 +243,9 @@ def open_folder(name):
 def open_parquet(name):
     """Parquet files with COLUMNS, read by row groups, over the network too: Pick-a-Pic's 335 GB never land on a disk."""
     import fsspec
-    from datasets import load_dataset_builder  # resolves folders, hub ids and splits to files
+    from datasets import disable_progress_bars, load_dataset_builder  # resolves folders, hub ids and splits to files
     from pyarrow.parquet import ParquetFile
+    disable_progress_bars()
     source = PICKAPIC[0] if name == "pickapic" and not Path(name).exists() else name
     advice = f"other copies: --data {' or '.join(PICKAPIC[1:])}" if source != name else (
         "--data takes pickapic, a folder of captioned pictures, or a Parquet file, folder or hub id with Pick-a-Pic's columns")
@@ -421,7 +423,7 @@ class Trainer:
         if o.loser == "generated" and GENERATE_DTYPES[o.dtype] != torch.float32:
             self.generator = copy.deepcopy(self.reference).to(GENERATE_DTYPES[o.dtype])
         self.shape = (self.codec.channels, *[o.resolution // self.codec.factor] * 2)  # of one sample's latents
-        self.null = self.codec.encode_text([""])  # (1, tokens, width)
+        self.T, self.null = self.codec.scheduler.config.num_train_timesteps, self.codec.encode_text([""])  # null: (1, tokens, width)
         self.sample = functools.partial(sample, scheduler=self.codec.scheduler, null=self.null, solver=o.solver,
                                         steps=o.sampler_steps, guidance=o.guidance)
         self.autocast = functools.partial(torch.autocast, self.device.type, ERROR_DTYPES[o.dtype], bool(ERROR_DTYPES[o.dtype]))
@@ -459,7 +461,7 @@ class Trainer:
     def check_numeric_path(self):
         """With equal weights s_w and s_r must be exactly 0, or beta makes preferences out of rounding."""
         self.reference.load_state_dict(self.policy.state_dict())
-        t, _, eps, x_w, x_r = (v.to(self.device) for v in draws("check", range(self.o.micro_batch), self.shape, 1000, 0))
+        t, _, eps, x_w, x_r = (v.to(self.device) for v in draws("check", range(self.o.micro_batch), self.shape, self.T, 0))
         _, s = self.losses(torch.cat([x_w, x_r]), eps, t, self.null.expand(len(t), -1, -1))
         need(torch.equal(s["policy_w"], s["reference_w"]) and torch.equal(s["policy_r"], s["reference_r"]),
              f"self-check: s_w and s_r must be exactly 0 at equal weights, and logits reach {s['logit'].abs().max():.1e}: the errors of "
@@ -472,8 +474,8 @@ class Trainer:
         for positions in (everything[i:i + o.generate_batch] for i in range(0, o.batch_size, o.generate_batch)):
             captions, winners, losers, attempts = zip(*self.data.pool.map(self.data.fetch, positions))
             skipped += sum(attempts)
-            t, dropped, eps, noise_w, noise_r = (v.to(self.device) for v in draws(
-                o.seed, positions, self.shape, self.codec.scheduler.config.num_train_timesteps, o.caption_dropout))
+            t, dropped, eps, noise_w, noise_r = (
+                v.to(self.device) for v in draws(o.seed, positions, self.shape, self.T, o.caption_dropout))
             marks.append(now(self.device))
             context = self.codec.encode_text(list(captions))
             x = [self.codec.encode(torch.stack(winners).to(self.device), noise_w)]  # (B, C, h, w)
@@ -600,12 +602,12 @@ def train(o):
 
 def now(device):
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 def peak_gb(device):
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 @contextlib.contextmanager
@@ -696,7 +698,7 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
 PAPER = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
 MINI = {  # what the miniature changes: it is small, and its errors are far larger, so beta and lr are its own
     "mini": dict(resolution=16, caption_dropout=0.1, steps=100, save_every=20, batch_size=64, micro_batch=64, generate_batch=64,
-                 lr=3e-4, beta=5.0, sampler_steps=8, guidance=1.0),
+                 lr=2e-4, beta=5.0, sampler_steps=8, guidance=1.0),
     "mini-untrained": dict(resolution=16, caption_dropout=0.1, steps=1500, save_every=500, batch_size=64, micro_batch=64,
                            generate_batch=64, lr=1e-3, sampler_steps=8, guidance=1.0, data="mini-mixture", method="sft"),
 }
@@ -732,7 +734,7 @@ def resolve(argv=None):
     o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
     if not o.out:
-        changed = sorted((k, v) for k, v in given.items() if k not in MAY_CHANGE + ("method",) and v != defaults[k])
+        changed = sorted((k, v) for k, v in given.items() if k not in MAY_CHANGE + ("model", "method") and v != defaults[k])
         digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
         o.out = str(Path("runs") / f"{Path(model).name}-{o.method}{digest}")
     check(o)
@@ -747,8 +749,9 @@ def check(o):
     need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
     need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
-    need(o.device.partition(":")[0] in ("cpu", "cuda"), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
-    need(o.device == "cpu" or torch.cuda.is_available(), f"--device {o.device}: torch finds no GPU here; take --device cpu")
+    need(re.fullmatch(r"cpu|cuda(:\d+)?", o.device), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
+    need(o.device == "cpu" or int(o.device[5:] or 0) < torch.cuda.device_count(), f"--device {o.device}: torch finds no such GPU here; "
+         "--device cpu works")
 
 def main(argv=None):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do."""

@@ -1,12 +1,13 @@
 """python -m pytest: offline, on a CPU, in under two minutes. SLOW=1 adds the long ones."""
 import io
-import itertools
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow
@@ -460,7 +461,7 @@ def test_taste_orders_pictures():
     (["--data", "nowhere"], "nowhere"), (["--data", "pickapic"], "other copies: --data Pulkit996/pick-a-pic-v2"),
     (["--method", "dpo", "--data", "mini-mixture"], "no losing pictures"), (["--data", "mini", "--out", "/proc/x"], "--out /proc/x"),
     (["--model", "no-such/model", "--data", "mini", "--resolution", "64"], "no-such/model"),
-    pytest.param(["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"))])
+    pytest.param(["--device", "cuda"], "no such GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"))])
 def test_refusals(argv, says, capsys):
     assert seppo.main(argv) == 2
     err = capsys.readouterr().err
@@ -524,3 +525,40 @@ def test_as_a_process(pipeline, tmp_path):
     assert not noise, noise
     failed = subprocess.run([*command[:-1], "tpu"], capture_output=True, text=True, timeout=100)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
+
+
+# ---- Slow: SLOW=1 python -m pytest -k slow --------------------------------------------------------------------------
+
+slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="minutes: SLOW=1 runs it")
+
+
+@slow
+def test_slow_the_readme_command_learns():
+    """python seppo.py, from nothing: base model, alignment, picture, and a score well above the base's."""
+    done = subprocess.run([sys.executable, str(HERE / "seppo.py")], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    before, before_error, after, after_error = map(float, re.search(r"Score (\S+) \+- (\S+) before, (\S+) \+- (\S+) after", done.stdout).groups())
+    assert after - before > 5 * math.hypot(before_error, after_error), done.stdout
+    assert Path("runs/mini-seppo/samples/step-100.png").exists()
+
+
+@slow
+def test_slow_kills_change_nothing(pipeline, tmp_path):
+    """SIGKILL at random moments, then the same command: the same weights, to the bit, and the same log."""
+    data = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8))
+    command = [sys.executable, str(HERE / "seppo.py"), "--model", str(pipeline), "--data", str(data), *TINY, "--steps", "60"]
+    assert subprocess.run([*command, "--out", "straight"], capture_output=True, timeout=600).returncode == 0
+    rng, kills = random.Random(0), 0
+    while not Path("run/checkpoint-60").exists():
+        process = subprocess.Popen([*command, "--out", "run"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        start = len(metrics()) if Path("run/metrics.jsonl").exists() else 0
+        enough = start + rng.randrange(5, 25)
+        while process.poll() is None and (not Path("run/metrics.jsonl").exists() or len(Path("run/metrics.jsonl").read_text().splitlines()) < enough):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)  # anywhere: in an update, in a save
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert subprocess.run([*command, "--out", "run"], capture_output=True, timeout=600).returncode == 0
+    assert kills >= 2 and same(weights("run/checkpoint-60/unet"), weights("straight/checkpoint-60/unet")), f"{kills} kills"
+    assert [line["policy_w"] for line in metrics()] == [line["policy_w"] for line in metrics("straight")]
