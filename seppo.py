@@ -249,17 +249,22 @@ def open_parquet(name):
     source = PICKAPIC[0] if name == "pickapic" and not Path(name).exists() else name
     advice = f"other copies: --data {' or '.join(PICKAPIC[1:])}" if source != name else (
         "--data takes pickapic, a folder of captioned pictures, or a Parquet file, folder or hub id with Pick-a-Pic's columns")
+    def opened(file, **known):  # no read-ahead: it would fetch three times what is asked for
+        system, path = fsspec.url_to_fs(file)
+        return ParquetFile(system.open(path, cache_type="none"), **known)
+
     with reading(f"--data {source}", advice):
         revision = None if Path(source).exists() else huggingface_hub.HfApi().dataset_info(source, timeout=30).sha
-        files = [source] if Path(source).is_file() else sorted(
-            load_dataset_builder(source, revision=revision).config.data_files["train"])
+        files = {"train": [source]} if Path(source).is_file() else load_dataset_builder(source, revision=revision).config.data_files
+        need("train" in files, f"--data {source} has no split named train")
+        files = sorted(files["train"])
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
-            footers = list(pool.map(lambda file: ParquetFile(fsspec.open(file).open()).metadata, files))
+            footers = list(pool.map(lambda file: opened(file).metadata, files))
     for file, names in ((file, footer.schema.names) for file, footer in zip(files, footers)):
         need(COLUMNS <= {*names}, f"--data {file} lacks {', '.join(COLUMNS - {*names})} of Pick-a-Pic's columns; it has {', '.join(names)}")
 
     def read(i, group, n):
-        table = ParquetFile(fsspec.open(files[i]).open()).read_row_group(group, columns=sorted(COLUMNS)).slice(0, n)
+        table = opened(files[i], metadata=footers[i]).read_row_group(group, columns=sorted(COLUMNS)).slice(0, n)
         sides = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}  # a label that is none of these leaves no picture
         return [(row["caption"], *map(row.get, sides.get(row["label_0"], "??"))) for row in table.to_pylist() if row["label_0"] != 0.5]
 
