@@ -14,7 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline,
+                       UNet2DConditionModel)
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -361,6 +362,39 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     assert run(pipeline, data) == 0 and "finished" in capsys.readouterr().out
     assert run(pipeline, data, "--seed", 1) == 2 and "seed was 0, is 1" in capsys.readouterr().err
     assert run(pipeline, data, "--seed", 1, "--fresh") == 0 and not same(unet.state_dict(), weights(out / "checkpoint-4" / "unet"))
+
+
+def test_updates_equal_a_plain_rewrite(pipeline, tmp_path):
+    """Each update's reference errors, and the first one's gradient, from the saved checkpoints and diffusers' own pipeline."""
+    drawn = lambda seed, k: seppo.choose_reference(k, "random", torch.Generator().manual_seed(seppo.key(seed, "reference", k)))
+    seed = next(s for s in range(99) if drawn(s, 2) == 1 and drawn(s, 3) == 0)  # base, first checkpoint, base again
+    data = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(10))
+    options = ["--steps", 8, "--save-every", 3, "--seed", seed, "--caption-dropout", 0.5]
+    assert run(pipeline, data, *options) == 0
+    rows = seppo.open_data(seppo.resolve(["--model", "x", "--data", str(data), "--resolution", "64", "--seed", str(seed)]))
+    pipe = StableDiffusionPipeline.from_pretrained(str(pipeline), low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    noising = DDPMScheduler.from_pretrained(pipeline, subfolder="scheduler")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    for u, line in enumerate(metrics()):
+        assert line["reference"] == drawn(seed, u // 3 + 1), "the reference is held for an interval"
+        assert line["lr"] == pytest.approx(1e-3 * min(1, (u + 1) / 2)), "linear warm-up over a quarter of the updates"
+        pipe.unet = UNet2DConditionModel.from_pretrained(f"run/checkpoint-{3 * line['reference']}/unet", low_cpu_mem_usage=False)
+        t, dropped, eps, noise_w, noise_r = seppo.draws(seed, range(4 * u, 4 * u + 4), (4, 8, 8), 1000, 0.5)
+        captions, winners, _, _ = zip(*(rows.fetch(n) for n in range(4 * u, 4 * u + 4)))
+        with torch.no_grad():
+            posterior = pipe.vae.encode(torch.stack(winners)).latent_dist
+            x_w = (posterior.mean + posterior.std * noise_w) * pipe.vae.config.scaling_factor
+            x_r = pipe(list(captions), latents=noise_r, num_inference_steps=2, guidance_scale=7.5, output_type="latent", height=64, width=64).images
+            ids = pipe.tokenizer(["" if d else c for d, c in zip(dropped, captions)], padding="max_length", return_tensors="pt").input_ids
+            context = pipe.text_encoder(ids)[0]
+        m_w, m_r = ((pipe.unet(noising.add_noise(x, eps, t), t, context).sample - eps).square().mean((1, 2, 3)) for x in (x_w, x_r))
+        assert line["reference_w"] == pytest.approx(m_w.mean().item(), rel=1e-4), f"winner, update {u}"
+        assert line["reference_r"] == pytest.approx(m_r.mean().item(), rel=1e-4), f"reference sample, update {u}"
+        if u == 0:  # policy == reference: the gradient of the winner alone, half weighted by the sigmoid
+            (-torch.nn.functional.logsigmoid(-1000 * (m_w - m_w.detach()))).mean().backward()
+            norm = torch.stack([p.grad.norm() for p in pipe.unet.parameters() if p.grad is not None]).norm()
+            assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["sspo", "spin", "dpo", "sft"])
