@@ -12,7 +12,7 @@ The same command again resumes. From top to bottom: the objective, the reference
 the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weight averaging, trackers (metrics.jsonl has
 one JSON object per update) and the safety checker (it judges pictures; training never leaves latent space).
 """
-import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math, os, random, re, shutil, sys, threading, time
+import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math, os, random, re, shutil, sys, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -88,8 +88,9 @@ def denoising_error(unet, scheduler, x_0, eps, t, context):
 # Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs 4.5
 # UNet forwards and adds the VAE's own error.
 
-SOLVERS = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler", "ddim": "DDIMScheduler",
-           "pndm": "PNDMScheduler"}  # all deterministic: the initial noise decides the sample
+SOLVERS = {  # all deterministic, and none clips latents as if they were pixels, whatever the model's own configuration says
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}), "unipc": ("UniPCMultistepScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}), "pndm": ("PNDMScheduler", {})}
 
 @torch.no_grad()
 def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guidance=7.5):
@@ -98,7 +99,8 @@ def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guid
     context: (B, tokens, width), the captions; null: (1, tokens, width), the empty caption. scheduler: the training
     scheduler, whose betas and kind of prediction the solver (a key of SOLVERS) takes over.
     """
-    solver = getattr(diffusers, SOLVERS[solver]).from_config(scheduler.config)
+    name, fixed = SOLVERS[solver]
+    solver = getattr(diffusers, name).from_config(scheduler.config, **fixed)
     solver.set_timesteps(steps, device=noise.device)
     x, dtype, halves = noise * solver.init_noise_sigma, next(unet.parameters()).dtype, 1 if guidance == 1.0 else 2
     context = torch.cat([null.expand_as(context), context][-halves:]).to(dtype)  # both halves in one call
@@ -146,7 +148,8 @@ def reading(what, advice):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        cause = error.__cause__ if "root cause" in str(error) else error  # diffusers hides what the hub answered
+        reason = (" ".join(str(cause).split()) or type(cause).__name__)[:200]
         raise UserError(f"{what} cannot be read: {reason} ({advice})") from error
 
 class Winners:
@@ -167,7 +170,7 @@ class Winners:
             self.groups += [(shard, group, rows)] * (rows > 0)
             self.total += rows
         need(self.total, f"--data {source} has no rows")
-        need(not losers or len(self.row(0)) > 2, f"--data {source} has no losing pictures, which --loser data (--method dpo) needs")
+        need(not losers or any(len(self.row(0, attempt)) > 2 for attempt in range(20)), f"--data {source} has no losing pictures, which --loser data (--method dpo) needs")
 
     @functools.lru_cache(2)
     def epoch(self, epoch):
@@ -191,7 +194,7 @@ class Winners:
         g = bisect.bisect_right(ends, place)
         with self.lock:  # several threads fetch, one reads
             rows = self.group(order[g], epoch)
-        return rows[(place - ends[g]) % len(rows)]  # modulo: where ties were dropped, some of the group's rows come again
+        return rows[(place - ends[g]) % len(rows)] if rows else ()  # modulo: some rows come again in the place of ties
 
     def fetch(self, position):
         """-> caption, pixels of the winner, pixels of the loser (if wanted), how many rows were replaced."""
@@ -213,6 +216,7 @@ def to_pixels(picture, resolution, flip=False):
     """Bytes or a path -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay."""
     if isinstance(picture, torch.Tensor):
         return picture.flip(-1) if flip else picture
+    picture = picture["bytes"] if isinstance(picture, dict) else picture  # as `datasets` stores its Image columns
     with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
         if image.width * image.height > 64e6:  # a few kilobytes can ask for gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")
@@ -235,7 +239,7 @@ def open_folder(name):
             rows = [(line.get("text"), Path(name, line["file_name"])) for line in lines]
         else:
             pictures = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in Image.registered_extensions())
-            rows = [(c.read_text("utf-8") if (c := p.with_suffix(".txt")).exists() else None, p) for p in pictures]
+            rows = [(c.read_text("utf-8", "replace") if (c := p.with_suffix(".txt")).exists() else None, p) for p in pictures]
         if not any(caption for caption, _ in rows):
             raise ValueError("no captioned pictures")
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
@@ -247,20 +251,24 @@ def open_parquet(name):
     from pyarrow.parquet import ParquetFile
     disable_progress_bars()
     source = PICKAPIC[0] if name == "pickapic" and not Path(name).exists() else name
-    advice = f"other copies: --data {' or '.join(PICKAPIC[1:])}" if source != name else (
+    advice = f"another copy: --data {PICKAPIC[1]}" if source != name else (
         "--data takes pickapic, a folder of captioned pictures, or a Parquet file, folder or hub id with Pick-a-Pic's columns")
-    def opened(file, **known):  # no read-ahead: it would fetch three times what is asked for
+
+    def opened(file, **known):  # no read-ahead: it would fetch 5 MB more at every read
         system, path = fsspec.url_to_fs(file)
         return ParquetFile(system.open(path, cache_type="none"), **known)
 
     with reading(f"--data {source}", advice):
-        revision = None if Path(source).exists() else huggingface_hub.HfApi().dataset_info(source, timeout=30).sha
+        (source, _, pinned), revision = (source, "", "") if Path(source).exists() else source.partition("@"), None
+        if not Path(source).exists():
+            revision = huggingface_hub.HfApi().dataset_info(source, revision=pinned or None, timeout=30).sha
         files = {"train": [source]} if Path(source).is_file() else load_dataset_builder(source, revision=revision).config.data_files
         need("train" in files, f"--data {source} has no split named train")
         files = sorted(files["train"])
+        need(all(file.endswith(".parquet") for file in files), f"--data {source} has files that are not Parquet ({advice})")
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
             footers = list(pool.map(lambda file: opened(file).metadata, files))
-    for file, names in ((file, footer.schema.names) for file, footer in zip(files, footers)):
+    for file, names in ((file, footer.schema.to_arrow_schema().names) for file, footer in zip(files, footers)):
         need(COLUMNS <= {*names}, f"--data {file} lacks {', '.join(COLUMNS - {*names})} of Pick-a-Pic's columns; it has {', '.join(names)}")
 
     def read(i, group, n):
@@ -303,18 +311,21 @@ class StableDiffusion:
 
 def load_unet(name):
     """A UNet as diffusers saves it, at NAME/unet or at NAME itself, in fp32 (the master weights)."""
-    at = None if Path(name, "config.json").exists() else "unet"
-    return UNet2DConditionModel.from_pretrained(name, subfolder=at, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    load = functools.partial(UNet2DConditionModel.from_pretrained, name, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    try:
+        return load(subfolder="unet")
+    except OSError:
+        return load()
 
 def load_models(o):
     """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError."""
     if o.model in MINI:
-        unet, codec = load_mini(o.model), Miniature(o.device)
+        unet, codec = load_mini(o.model, o.device), Miniature(o.device)
     else:
         with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
             folder = o.model if Path(o.model).is_dir() else diffusers.DiffusionPipeline.download(
                 MOVED.get(o.model, o.model), safety_checker=None, feature_extractor=None)
-            unet, codec = load_unet(Path(folder, "unet")), StableDiffusion(folder, o.device, GENERATE_DTYPES[o.dtype])
+            unet, codec = load_unet(folder), StableDiffusion(folder, o.device, GENERATE_DTYPES[o.dtype])
     takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
     need(takes == gives and not unet.config.addition_embed_type and codec.scheduler.config.prediction_type != "sample",
          f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
@@ -394,10 +405,10 @@ class Miniature:
     def decode(self, latents):
         return F.pixel_shuffle(latents, self.factor).clamp(-1, 1)
 
-def load_mini(name):
+def load_mini(name, device="cpu"):
     """The miniature's UNet: untrained, or the base model, which this very script trains, once."""
     if name == "mini":
-        o = resolve(["--model", "mini-untrained", "--out", MINI_BASE])
+        o = resolve(["--model", "mini-untrained", "--out", MINI_BASE, "--device", device, "--dtype", "fp32"])
         train(o)
         return load_unet(f"{MINI_BASE}/checkpoint-{o.steps}")
     torch.manual_seed(0)
@@ -476,7 +487,8 @@ class Trainer:
         """Accumulate the gradient of one update's mean loss -> statistics (means), rows replaced, seconds by phase."""
         o, sums, skipped, marks = self.o, {}, 0, [now(self.device)]
         everything = range(update * o.batch_size, (update + 1) * o.batch_size)
-        for positions in (everything[i:i + o.generate_batch] for i in range(0, o.batch_size, o.generate_batch)):
+        G, size = o.generate_batch, max(o.generate_batch, o.micro_batch)
+        for positions in (everything[i:i + size] for i in range(0, o.batch_size, size)):
             captions, winners, losers, attempts = zip(*self.data.pool.map(self.data.fetch, positions))
             skipped += sum(attempts)
             t, dropped, eps, noise_w, noise_r = (
@@ -488,7 +500,8 @@ class Trainer:
                 x.append(self.codec.encode(torch.stack(losers).to(self.device), noise_r))
             marks.append(now(self.device))
             if o.loser == "generated":  # for the real caption; dropout comes after, alike for all four errors
-                x.append(self.sample(self.generator, noise=noise_r, context=context))
+                x.append(torch.cat([self.sample(self.generator, noise=noise_r[i:i + G], context=context[i:i + G])
+                                    for i in range(0, len(positions), G)]))
             context = torch.where(dropped[:, None, None], self.null, context)
             marks.append(now(self.device))
             for i in range(0, len(positions), o.micro_batch):
@@ -580,8 +593,10 @@ def train(o):
         claim(o)
         return o.model == "mini-untrained" or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
     data = open_data(o)
-    claim(o, {"source": data.source, "rows": data.total})
+    facts = {"source": data.source, "rows": data.total}
+    claim(o, facts)  # before the slow part, and for good after it: a mistyped --model must not cost an old run
     trainer, smooth = Trainer(o, data), {}
+    claim(o, facts, begin=True)
     print(plan(o, data, sum(p.numel() for p in trainer.policy.parameters())))
     done = trainer.resume()
     if trainer.reference:
@@ -629,21 +644,22 @@ def whole(path):
 def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-def claim(o, data={}):
-    """Make the run's folder and its config.json, or refuse a folder that holds another experiment."""
+def claim(o, data={}, begin=False):
+    """Refuse an --out that cannot be written or holds another experiment; `begin`: clear it if --fresh, write config.json."""
     out, path, now = Path(o.out), Path(o.out, "config.json"), {k: v for k, v in vars(o).items() if k not in MAY_CHANGE} | data
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if o.fresh:
-            for old in [path, out / "metrics.jsonl", out / "samples", out / "resume", *out.glob("checkpoint-*")]:
+        then = json.loads(path.read_text()).get("options") if path.exists() else now
+        need(then, f"--out {out} holds something else than a run: choose another")
+        changed = ", ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k] and (k != "data" or not data))
+        need(o.fresh or not changed, f"{out} holds a run with other options ({changed}): choose another --out, or --fresh")
+        if begin:
+            for old in [path, out / "metrics.jsonl", out / "samples", out / "resume", *out.glob("checkpoint-*")] * o.fresh:
                 remove(old)
-        then = json.loads(path.read_text())["options"] if path.exists() else now
-        changed = ", ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k])
-        need(not changed, f"{out} holds a run with other options ({changed}): choose another --out, or --fresh")
-        versions = {"python": sys.version.split()[0], **{p: version(p) for p in ("torch", "diffusers", "transformers")}}
-        with whole(path) as file:
-            file.write_text(json.dumps({"options": then, "versions": versions}, indent=1))
-    except (OSError, ValueError, KeyError) as error:
+            versions = {"python": sys.version.split()[0], **{p: version(p) for p in ("torch", "diffusers", "transformers")}}
+            with whole(path) as file:
+                file.write_text(json.dumps({"options": now, "versions": versions}, indent=1))
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--out {out} cannot be used: {error}") from error
 
 def plan(o, data, parameters):
@@ -680,7 +696,7 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("model", "mini", "mini, a folder saved by diffusers, or a hub id: a Stable Diffusion 1.x"),
     ("unet", str, "start from this UNet of the same shape: a folder or hub id"),
     ("data", "mini", "mini, pickapic, a folder of captioned pictures, or Parquet (file, folder, hub id) with Pick-a-Pic's columns"),
-    ("max-winners", int, "use the first N rows of the data only: the row groups behind are never read"),
+    ("max-winners", int, "use the first N rows of the data only, ties included: the row groups behind are never read"),
     ("resolution", 512, "pixels of the shorter side, then of the centre crop"),
     ("caption-dropout", 0.2, "share of captions replaced by the empty one, alike in all four errors"),
     ("out", str, "the run's folder [runs/MODEL-METHOD, and a hash of whatever else was changed]"),
@@ -739,9 +755,9 @@ def resolve(argv=None):
     o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
     if not o.out:
-        changed = sorted((k, v) for k, v in given.items() if k not in MAY_CHANGE + ("model", "method") and v != defaults[k])
+        changed = sorted((k, v) for k, v in given.items() if k not in MAY_CHANGE + ("method",) + ("model",) * (model in MOVED) and v != defaults[k])
         digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
-        o.out = str(Path("runs") / f"{Path(model).name}-{o.method}{digest}")
+        o.out = str(Path("runs") / f"{Path(model).resolve().name}-{o.method}{digest}")
     check(o)
     return o
 
@@ -751,6 +767,7 @@ def check(o):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     multiple = 8 if o.model in MINI else 64
     need(o.model in MINI or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
+    need(os.environ.get("WORLD_SIZE", "1") == "1", "many devices are not there yet: start it with plain python")
     need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
     need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
@@ -763,6 +780,7 @@ def main(argv=None):
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
         library.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # diffusers' own use of huggingface_hub
     try:
         o = resolve(argv)
         if o.model in MOVED and not Path(o.model).is_dir():
