@@ -12,7 +12,8 @@ The same command again resumes. From top to bottom: the objective, the reference
 the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weight averaging, trackers (metrics.jsonl has
 one JSON object per update) and the safety checker (it judges pictures; training never leaves latent space).
 """
-import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math, os, random, re, shutil, sys, threading, time, warnings
+import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math
+import os, random, re, shutil, sys, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -170,7 +171,8 @@ class Winners:
             self.groups += [(shard, group, rows)] * (rows > 0)
             self.total += rows
         need(self.total, f"--data {source} has no rows")
-        need(not losers or any(len(self.row(0, attempt)) > 2 for attempt in range(20)), f"--data {source} has no losing pictures, which --loser data (--method dpo) needs")
+        need(not losers or any(len(self.row(0, attempt)) > 2 for attempt in range(20)),
+             f"--data {source} has no losing pictures, which --loser data (--method dpo) needs")
 
     @functools.lru_cache(2)
     def epoch(self, epoch):
@@ -325,7 +327,7 @@ def load_models(o):
         with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
             folder = o.model if Path(o.model).is_dir() else diffusers.DiffusionPipeline.download(
                 MOVED.get(o.model, o.model), safety_checker=None, feature_extractor=None)
-            unet, codec = load_unet(folder), StableDiffusion(folder, o.device, GENERATE_DTYPES[o.dtype])
+            unet, codec = load_unet(folder), StableDiffusion(folder, o.device, DTYPES[o.dtype][1])
     takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
     need(takes == gives and not unet.config.addition_embed_type and codec.scheduler.config.prediction_type != "sample",
          f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
@@ -419,10 +421,9 @@ def load_mini(name, device="cpu"):
 # ---- The loop -------------------------------------------------------------------------------------------------------
 
 ADAMW, CLIP, WARMUP = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2), 1.0, 0.25  # WARMUP: share of the updates
-# The error passes' autocast: beta amplifies rounding, and bf16's is larger than the signal; fp16 needs loss scaling.
-ERROR_DTYPES = {"fp32": None, "tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Generating, encoding and decoding: rounding is harmless there, so a half-precision copy of the reference generates.
-GENERATE_DTYPES = {"fp32": torch.float32, "tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
+# dtype of the error passes under autocast (beta amplifies rounding, and bf16's is larger than the signal; fp16 needs loss scaling), and
+# of what only generates, encodes and decodes (rounding is harmless there, so a half-precision copy of the reference generates)
+DTYPES = {"fp32": (None, torch.float32), "tf32": (None, torch.float16), "fp16": (torch.float16,) * 2, "bf16": (torch.bfloat16,) * 2}
 STATISTICS = ("loss", "logit", "implicit_acc", "policy_w", "reference_w", "policy_r", "reference_r",
               "sign_neg", "sign_zero", "sign_pos")
 PHASES = ("data", "encode", "generate", "train")
@@ -436,13 +437,14 @@ class Trainer:
         self.policy, self.codec = load_models(o)
         self.index, self.skipped = None, 0  # which checkpoint the reference holds; rows replaced so far
         self.reference = self.generator = None if o.loser == "none" else copy.deepcopy(self.policy).requires_grad_(False)
-        if o.loser == "generated" and GENERATE_DTYPES[o.dtype] != torch.float32:
-            self.generator = copy.deepcopy(self.reference).to(GENERATE_DTYPES[o.dtype])
+        autocast, half = DTYPES[o.dtype]
+        if o.loser == "generated" and half != torch.float32:
+            self.generator = copy.deepcopy(self.reference).to(half)
         self.shape = (self.codec.channels, *[o.resolution // self.codec.factor] * 2)  # of one sample's latents
         self.T, self.null = self.codec.scheduler.config.num_train_timesteps, self.codec.encode_text([""])  # null: (1, tokens, width)
         self.sample = functools.partial(sample, scheduler=self.codec.scheduler, null=self.null, solver=o.solver,
                                         steps=o.sampler_steps, guidance=o.guidance)
-        self.autocast = functools.partial(torch.autocast, self.device.type, ERROR_DTYPES[o.dtype], bool(ERROR_DTYPES[o.dtype]))
+        self.autocast = functools.partial(torch.autocast, self.device.type, autocast, bool(autocast))
         self.prompts = [data.fetch(i)[0] for i in range(12 if o.model in MINI else 4)]  # of the sample pictures
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, fused=True, **ADAMW)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.dtype == "fp16")
@@ -527,8 +529,8 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP).item()
             if math.isfinite(statistics["loss"]) and math.isfinite(norm):
                 break
-            need(math.isfinite(statistics["loss"]) and self.scaler.get_scale() > 1, f"update {update + 1}: loss {statistics['loss']}, gradient "
-                 f"norm {norm}; the last checkpoint in {self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
+            need(math.isfinite(statistics["loss"]) and self.scaler.get_scale() > 1,
+                 f"update {update + 1}: loss {statistics['loss']}, gradient norm {norm}; the last checkpoint in {self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
             self.scaler.update(self.scaler.get_scale() / 2)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -578,14 +580,15 @@ class Trainer:
 
     def mini_scores(self, n=480):
         """What the miniature's taste says of the base model and of the policy, from equal noise."""
-        captions, net, scores = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)], copy.deepcopy(self.policy), []
+        captions, scores = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)], []
         noise, context = draws("score", range(n), self.shape, 1, 0)[-1].to(self.device), self.codec.encode_text(captions)
         for step in (0, self.o.steps):
-            load_weights(net, self.out / f"checkpoint-{step}")
-            score = mini_score(self.codec.decode(self.sample(net, noise=noise, context=context)), captions)
+            load_weights(self.policy, self.out / f"checkpoint-{step}")
+            score = mini_score(self.codec.decode(self.sample(self.policy, noise=noise, context=context)), captions)
             scores.append(f"{score.mean():.3f} +- {score.std() / n ** .5:.3f}")
         captions, liked, _ = zip(*open_mini("mini")[2](0, 0, 2048))
-        return f"Score {scores[0]} before, {scores[1]} after ({n} pictures each; liked ones: {mini_score(torch.stack(liked), captions).mean():.3f})."
+        liked = mini_score(torch.stack(liked), captions).mean()
+        return f"Score {scores[0]} before, {scores[1]} after ({n} pictures each; liked ones: {liked:.3f})."
 
 def train(o):
     """A run from its resolved options: begin it, resume it, or say that it is finished."""
@@ -712,16 +715,15 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("guidance", 7.5, "its classifier-free guidance scale, 1 for none"),
     ("seed", 0, "of everything drawn"),
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
-    ("dtype", str, "of the error passes [fp16 with loss scaling on a GPU, fp32 on a CPU]", ERROR_DTYPES),
+    ("dtype", str, "of the error passes [fp16 with loss scaling on a GPU, fp32 on a CPU]", DTYPES),
     ("dry-run", False, "print the resolved options and what follows from them, then stop"),
     ("resume-from-checkpoint", str, "of no effect: the same command resumes anyway"),
 )
 PAPER = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
+SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64, sampler_steps=8, guidance=1.0)
 MINI = {  # what the miniature changes: it is small, and its errors are far larger, so beta and lr are its own
-    "mini": dict(resolution=16, caption_dropout=0.1, steps=100, save_every=20, batch_size=64, micro_batch=64, generate_batch=64,
-                 lr=2e-4, beta=5.0, sampler_steps=8, guidance=1.0),
-    "mini-untrained": dict(resolution=16, caption_dropout=0.1, steps=1500, save_every=500, batch_size=64, micro_batch=64,
-                           generate_batch=64, lr=1e-3, sampler_steps=8, guidance=1.0, data="mini-mixture", method="sft"),
+    "mini": SMALL | dict(steps=100, save_every=20, lr=2e-4, beta=5.0),
+    "mini-untrained": SMALL | dict(steps=1500, save_every=500, lr=1e-3, data="mini-mixture", method="sft"),
 }
 MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "device", "resume_from_checkpoint")  # when resuming
 ALIASES = {"--pretrained-model-name-or-path": "--model", "--dataset-name": "--data", "--max-train-samples": "--max-winners",
@@ -755,7 +757,8 @@ def resolve(argv=None):
     o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
     if not o.out:
-        changed = sorted((k, v) for k, v in given.items() if k not in MAY_CHANGE + ("method",) + ("model",) * (model in MOVED) and v != defaults[k])
+        named = MAY_CHANGE + ("method",) + ("model",) * (model in MOVED)
+        changed = sorted((k, v) for k, v in given.items() if k not in named and v != defaults[k])
         digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
         o.out = str(Path("runs") / f"{Path(model).resolve().name}-{o.method}{digest}")
     check(o)
@@ -772,6 +775,7 @@ def check(o):
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
     need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
     need(re.fullmatch(r"cpu|cuda(:\d+)?", o.device), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
+    need(o.device != "cpu" or o.dtype != "tf32", "--dtype tf32 needs a GPU: take fp32")
     need(o.device == "cpu" or int(o.device[5:] or 0) < torch.cuda.device_count(), f"--device {o.device}: torch finds no such GPU here; "
          "--device cpu works")
 
@@ -796,7 +800,8 @@ def main(argv=None):
     except UserError as error:
         print(f"seppo.py: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print(f"seppo.py: out of GPU memory: lower --micro-batch (now {o.micro_batch}) or --generate-batch (now {o.generate_batch})", file=sys.stderr)
+        print(f"seppo.py: out of GPU memory: lower --micro-batch (now {o.micro_batch}) or --generate-batch (now "
+              f"{o.generate_batch})", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":
