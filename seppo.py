@@ -530,7 +530,8 @@ class Trainer:
             if math.isfinite(statistics["loss"]) and math.isfinite(norm):
                 break
             need(math.isfinite(statistics["loss"]) and self.scaler.get_scale() > 1,
-                 f"update {update + 1}: loss {statistics['loss']}, gradient norm {norm}; the last checkpoint in {self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
+                 f"update {update + 1}: loss {statistics['loss']}, gradient norm {norm}; the last checkpoint in "
+                 f"{self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
             self.scaler.update(self.scaler.get_scale() / 2)
         self.scaler.step(self.optimizer)
         self.scaler.update()
