@@ -411,6 +411,8 @@ def load_mini(name, device="cpu"):
     """The miniature's UNet: untrained, or the base model, which this very script trains, once."""
     if name == "mini":
         o = resolve(["--model", "mini-untrained", "--out", MINI_BASE, "--device", device, "--dtype", "fp32"])
+        if not Path(MINI_BASE, f"checkpoint-{o.steps}").is_dir():
+            print(f"The miniature's base model comes first: it is trained once and stays in {MINI_BASE}.")
         train(o)
         return load_unet(f"{MINI_BASE}/checkpoint-{o.steps}")
     torch.manual_seed(0)
