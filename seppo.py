@@ -253,7 +253,7 @@ def open_parquet(name):
     from pyarrow.parquet import ParquetFile
     disable_progress_bars()
     source = PICKAPIC[0] if name == "pickapic" and not Path(name).exists() else name
-    advice = f"another copy: --data {PICKAPIC[1]}" if source != name else (
+    advice = f"another copy: --data {PICKAPIC[1]}; the paper's own, {PICKAPIC[2]}, is gone" if source != name else (
         "--data takes pickapic, a folder of captioned pictures, or a Parquet file, folder or hub id with Pick-a-Pic's columns")
 
     def opened(file, **known):  # no read-ahead: it would fetch 5 MB more at every read
