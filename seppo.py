@@ -435,8 +435,8 @@ class Trainer:
 
     def __init__(self, o, data):
         self.o, self.data, self.out, self.device = o, data, Path(o.out), torch.device(o.device)
+        self.policy, self.codec = load_models(o)  # for the miniature this may train its base, in fp32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.dtype != "fp32"
-        self.policy, self.codec = load_models(o)
         self.index, self.skipped = None, 0  # which checkpoint the reference holds; rows replaced so far
         self.reference = self.generator = None if o.loser == "none" else copy.deepcopy(self.policy).requires_grad_(False)
         autocast, half = DTYPES[o.dtype]
