@@ -598,6 +598,7 @@ def train(o):
     if (Path(o.out) / f"checkpoint-{o.steps}").is_dir() and not o.fresh:
         claim(o)
         return o.model == "mini-untrained" or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
+    need(os.environ.get("WORLD_SIZE", "1") == "1", "many devices are not there yet: start it with plain python")
     data = open_data(o)
     facts = {"source": data.source, "rows": data.total}
     claim(o, facts)  # before the slow part, and for good after it: a mistyped --model must not cost an old run
@@ -739,20 +740,25 @@ INSTEAD = {  # options of other trainers that would mislead here
     "--beta-dpo": "--beta multiplies 1/2, as in Diffusion-DPO; diffusers' research script leaves the 1/2 out, so its 2500 is 5000 here",
 }
 
-def resolve(argv=None):
-    """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
-    parser, words = argparse.ArgumentParser(description="SePPO: align a diffusion model with liked pictures.", allow_abbrev=False), []
-    parser.error = lambda message: need(False, f"{message} (python seppo.py --help lists the options)")
-    for name, default, text, *choices in OPTIONS:
+def parse(options, argv, about):
+    """A command line -> {option: value} of what was given. options: a table like OPTIONS. Raises UserError."""
+    parser, words = argparse.ArgumentParser(description=about, allow_abbrev=False), []
+    parser.error = lambda message: need(False, f"{message} (--help lists the options)")
+    for name, default, text, *choices in options:
         kind = default if isinstance(default, type) else type(default)
         parser.add_argument(f"--{name}", help=text if kind is default or default is False else f"{text} [{default}]", **(
-            {"action": "store_true", "default": None} if kind is bool else {"type": kind, "choices": choices[0] if choices else None}))
+            {"action": "store_true", "default": None} if kind is bool else {"nargs": "+"} if kind is list else
+            {"type": kind, "choices": choices[0] if choices else None}))
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name  # diffusers spells --learning_rate
         need(name not in INSTEAD, f"{name} is not an option here: {INSTEAD.get(name)}")
         words.append(ALIASES.get(name, name) + equals + value)
-    given = {k: v for k, v in vars(parser.parse_args(words)).items() if v is not None}
+    return {k: v for k, v in vars(parser.parse_args(words)).items() if v is not None}
+
+def resolve(argv=None):
+    """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
+    given = parse(OPTIONS, argv, "SePPO: align a diffusion model with liked pictures.")
     model = given.get("model", PAPER["model"])
     defaults = PAPER | MINI.get(model, {})
     defaults |= METHODS[given.get("method", defaults["method"])]
@@ -765,46 +771,50 @@ def resolve(argv=None):
         digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
         o.out = str(Path("runs") / f"{Path(model).resolve().name}-{o.method}{digest}")
     check(o)
+    check_training(o)
     return o
 
 def check(o):
+    """What training and evaluation have in common."""
     for name, value in vars(o).items():
         if isinstance(value, (int, float)) and name not in ("seed", "caption_dropout", "fresh", "dry_run"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     multiple = 8 if o.model in MINI else 64
-    need(o.model in MINI or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
-    need(os.environ.get("WORLD_SIZE", "1") == "1", "many devices are not there yet: start it with plain python")
-    need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
-    need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
     need(re.fullmatch(r"cpu|cuda(:\d+)?", o.device), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
-    need(o.device != "cpu" or o.dtype != "tf32", "--dtype tf32 needs a GPU: take fp32")
     need(o.device == "cpu" or int(o.device[5:] or 0) < torch.cuda.device_count(), f"--device {o.device}: torch finds no such GPU here; "
          "--device cpu works")
 
-def main(argv=None):
+def check_training(o):
+    need(o.model in MINI or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
+    need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
+    need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
+    need(o.device != "cpu" or o.dtype != "tf32", "--dtype tf32 needs a GPU: take fp32")
+
+def begin(argv):
+    o = resolve(argv)
+    if o.model in MOVED and not Path(o.model).is_dir():
+        print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
+    if not o.dry_run:
+        return train(o)
+    with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"), torch.device("meta"):
+        unet = load_mini("mini-untrained") if o.model in MINI else UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(MOVED.get(o.model, o.model), subfolder="unet"))
+    print(plan(o, open_data(o), sum(p.numel() for p in unet.parameters())))
+
+def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --generate-batch"):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
         library.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # diffusers' own use of huggingface_hub
     try:
-        o = resolve(argv)
-        if o.model in MOVED and not Path(o.model).is_dir():
-            print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
-        if not o.dry_run:
-            train(o)
-            return 0
-        with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"), torch.device("meta"):
-            unet = load_mini("mini-untrained") if o.model in MINI else UNet2DConditionModel.from_config(
-                UNet2DConditionModel.load_config(MOVED.get(o.model, o.model), subfolder="unet"))
-        print(plan(o, open_data(o), sum(p.numel() for p in unet.parameters())))
+        begin(argv)
         return 0
     except UserError as error:
-        print(f"seppo.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print(f"seppo.py: out of GPU memory: lower --micro-batch (now {o.micro_batch}) or --generate-batch (now "
-              f"{o.generate_batch})", file=sys.stderr)
+        print(f"{program}: out of GPU memory: lower {less}", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """python -m pytest: offline, on a CPU, in under two minutes. SLOW=1 adds the long ones."""
+import functools
 import io
 import json
 import math
@@ -14,11 +15,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from diffusers import (AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline,
                        UNet2DConditionModel)
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import eval as evaluation
 import seppo
 
 HERE = Path(__file__).parent
@@ -483,6 +486,192 @@ def test_taste_orders_pictures():
         worse = torch.zeros(len(seppo.CAPTIONS), 5)
         worse[:, flaw] = 0.5
         assert (seppo.mini_score(seppo.draw_mini(seppo.CAPTIONS, worse), seppo.CAPTIONS) < 0.99).all(), f"flaw {flaw} must cost"
+
+
+# ---- Evaluation: the scorers ----------------------------------------------------------------------------------------
+
+def noise(name, *shape):
+    """Weights that depend on their name alone; small enough that activations stay of order 1."""
+    g = torch.Generator().manual_seed(seppo.key(name))
+    return torch.randn(shape, generator=g) * (0.3 if len(shape) < 2 else 1.2 / math.sqrt(math.prod(shape[1:])))
+
+
+def layer(prefix, out, into):
+    return {f"{prefix}.weight": noise(prefix, out, into), f"{prefix}.bias": noise(prefix + "b", out)}
+
+
+def norm(prefix, n):
+    return {f"{prefix}.weight": 1 + noise(prefix, n), f"{prefix}.bias": noise(prefix + "b", n)}
+
+
+def openai_clip(vision, text, dim, depth, patch, vocab):
+    """The state dict of a CLIP under OpenAI's names, which open_clip and HPSv2 share: two towers of `depth` blocks."""
+    s = {"visual.class_embedding": noise("class", vision), "visual.positional_embedding": noise("vpos", (224 // patch) ** 2 + 1, vision),
+         "visual.conv1.weight": noise("conv", vision, 3, patch, patch), "visual.proj": noise("vproj", vision, dim),
+         "positional_embedding": noise("pos", 77, text), "token_embedding.weight": 8 * noise("tokens", vocab, text),
+         "text_projection": noise("tproj", text, dim), "logit_scale": torch.tensor(4.6),
+         **norm("visual.ln_pre", vision), **norm("visual.ln_post", vision), **norm("ln_final", text)}
+    for tower, width in (("visual.", vision), ("", text)):
+        for i in range(depth):
+            p = f"{tower}transformer.resblocks.{i}."
+            s |= {p + "attn.in_proj_weight": noise(p, 3 * width, width), p + "attn.in_proj_bias": noise(p + "b", 3 * width),
+                  **layer(p + "attn.out_proj", width, width), **layer(p + "mlp.c_fc", 4 * width, width),
+                  **layer(p + "mlp.c_proj", width, 4 * width), **norm(p + "ln_1", width), **norm(p + "ln_2", width)}
+    return s
+
+
+def imagereward_state(vision, text, depth, patch, vocab):
+    """ImageReward.pt's names: BLIP's vision transformer, its text encoder with cross attention, five linear layers."""
+    v, t = "blip.visual_encoder.", "blip.text_encoder."
+    s = {v + "cls_token": noise("cls", 1, 1, vision), v + "pos_embed": noise("vpos", 1, (224 // patch) ** 2 + 1, vision),
+         v + "patch_embed.proj.weight": noise("patch", vision, 3, patch, patch), v + "patch_embed.proj.bias": noise("patchb", vision),
+         **norm(v + "norm", vision), t + "embeddings.word_embeddings.weight": noise("words", vocab, text) * 8,
+         t + "embeddings.position_embeddings.weight": noise("pos", 64, text), t + "embeddings.position_ids": torch.arange(64)[None],
+         **norm(t + "embeddings.LayerNorm", text), **layer("blip.vision_proj", 8, vision), **layer("blip.text_proj", 8, text)}
+    for i in range(depth):
+        p, q = f"{v}blocks.{i}.", f"{t}encoder.layer.{i}."
+        s |= norm(p + "norm1", vision) | norm(p + "norm2", vision) | layer(p + "attn.qkv", 3 * vision, vision) | layer(p + "attn.proj", vision, vision)
+        s |= layer(p + "mlp.fc1", 4 * vision, vision) | layer(p + "mlp.fc2", vision, 4 * vision)
+        for attention, width in (("attention.", text), ("crossattention.", vision)):
+            s |= layer(q + attention + "self.query", text, text) | layer(q + attention + "self.key", text, width)
+            s |= layer(q + attention + "self.value", text, width) | layer(q + attention + "output.dense", text, text)
+            s |= norm(q + attention + "output.LayerNorm", text)
+        s |= layer(q + "intermediate.dense", 2 * text, text) | layer(q + "output.dense", text, 2 * text) | norm(q + "output.LayerNorm", text)
+    return s | {f"mlp.{k}": x for k, x in head_state(text).items()}
+
+
+def head_state(width):
+    sizes, s = (width, 1024, 128, 64, 16, 1), {}
+    for n, into, out in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
+        s |= layer(f"layers.{n}", out, into)
+    return s
+
+
+BERT_CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99,
+               "max_position_embeddings": 64, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "pad_token_id": 0, "type_vocab_size": 2,
+               "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "encoder_width": 768, "add_cross_attention": True}
+SIZES = {"H": (128, 64, 48, 2, 56, 78), "L": (128, 64, 32, 2, 56, 78)}  # of the two CLIPs: vision, text, dim, depth, patch, vocabulary
+
+
+@pytest.fixture(scope="session")
+def scorer_weights(tmp_path_factory):
+    """All scorers' files in the layout of the hub, at small random sizes."""
+    root = tmp_path_factory.mktemp("scorers")
+    words = [c + end for c in "abcdefghijklmnopqrstuvwxyz0123456789,." for end in ("", "</w>")] + ["<|startoftext|>", "<|endoftext|>"]
+    (root / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))  # the last has the largest id, as in CLIP
+    (root / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(root / "vocab.json"), str(root / "merges.txt"), unk_token="<|endoftext|>", model_max_length=77)
+    for repository, size, act in ((evaluation.H14, "H", "gelu"), ("yuvalkirstain/PickScore_v1", "H", "gelu"), (evaluation.L14, "L", "quick_gelu")):
+        vision, text, dim, depth, patch, vocab = SIZES[size]
+        config = transformers.CLIPConfig(
+            projection_dim=dim, text_config=dict(hidden_size=text, intermediate_size=4 * text, num_hidden_layers=depth, num_attention_heads=2,
+                                                 vocab_size=vocab, hidden_act=act, bos_token_id=76, eos_token_id=77, projection_dim=dim),
+            vision_config=dict(hidden_size=vision, intermediate_size=4 * vision, num_hidden_layers=depth, num_attention_heads=2,
+                               patch_size=patch, hidden_act=act, projection_dim=dim))
+        clip = transformers.CLIPModel(config)
+        clip.load_state_dict(evaluation.from_open_clip(openai_clip(*SIZES[size])))
+        clip.save_pretrained(root / repository)
+        tokenizer.save_pretrained(root / repository)
+    for folder in ("xswu/HPSv2", "zai-org/ImageReward", evaluation.BERT, evaluation.AESTHETIC):
+        (root / folder).mkdir(parents=True)
+    half = {k: v.half() for k, v in openai_clip(*SIZES["H"]).items()}
+    torch.save({"state_dict": half}, root / "xswu/HPSv2/HPS_v2_compressed.pt")
+    torch.save({"state_dict": {k: v * 0.9 for k, v in half.items()}}, root / "xswu/HPSv2/HPS_v2.1_compressed.pt")
+    torch.save(head_state(SIZES["L"][2]), root / evaluation.AESTHETIC / evaluation.AESTHETIC_FILE)
+    torch.save(imagereward_state(64, 32, 2, 56, 99), root / "zai-org/ImageReward/ImageReward.pt")
+    (root / "zai-org/ImageReward/med_config.json").write_text(json.dumps(BERT_CONFIG))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [c for c in "abcdefghijklmnopqrstuvwxyz0123456789"] + [
+        f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    (root / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(root / "vocab.txt")).save_pretrained(root / evaluation.BERT)
+    return root
+
+
+PROMPTS = ["a red fox, 8k", "A  Painting of &amp; two moons " * 9, "“cat”"]
+
+
+def photographs():
+    return [Image.open(io.BytesIO(jpeg(i, 256))).resize(size) for i, size in enumerate(((64, 64), (300, 200), (513, 640)))]
+
+
+# What the scorers' original code gives for these weights, pictures and prompts (fp32, CPU), recorded by
+# test_scorers_equal_their_originals below.
+EXPECTED = {
+    "pickscore": [-0.1993654, -0.0711491, -0.3062271], "hpsv2": [-0.1995323, -0.0927444, -0.3687989],
+    "hpsv2-aliased": [-0.1991733, -0.0924639, -0.3681261], "hpsv2.1": [-0.2518828, -0.1314805, -0.356244],
+    "imagereward": [3.4114513, 3.0269389, 3.2150545], "aesthetic": [-1.1151464, -0.5988638, -0.8857701],
+    "clip": [0.1329802, 0.2335817, -0.0271757]}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_scorers_give_their_originals_values(name, scorer_weights):
+    scorer = evaluation.load_scorer(name.split("-")[0], scorer_weights, antialias="aliased" not in name)
+    scores = scorer.score(photographs(), PROMPTS)
+    assert scores.shape == (3,) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.tensor(EXPECTED[name]), rtol=0, atol=2e-6)
+    one = torch.cat([scorer.score([image], [prompt]) for image, prompt in zip(photographs(), PROMPTS)])
+    torch.testing.assert_close(scores, one, rtol=0, atol=2e-6)
+
+
+def original_scores(name, root, scorer, monkeypatch):
+    """The original code on the same files, pictures and tokens, one pair at a time; only the tokenizer's vocabulary is ours."""
+    for function in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):  # image-reward wants them
+        vars(transformers.modeling_utils).setdefault(function, getattr(transformers.pytorch_utils, function, None))
+    hps, openai, _ = (pytest.importorskip(module) for module in ("hpsv2.src.open_clip", "clip", "ImageReward"))
+    from ImageReward.ImageReward import MLP, ImageReward, _transform
+    from ImageReward.models.BLIP.med import BertConfig, BertModel
+    from ImageReward.models.BLIP.vit import VisionTransformer
+    kind, unit, load = name.split("-")[0], torch.nn.functional.normalize, functools.partial(torch.load, weights_only=True)
+    tokens = scorer.tokenizer([scorer.tidy(p) for p in PROMPTS], padding="max_length", truncation=True, max_length=scorer.length, return_tensors="pt")
+    vision, text, dim, depth, patch, vocab = SIZES["H" if kind.startswith("hps") else "L"]
+    if kind == "imagereward":
+        model = ImageReward.__new__(ImageReward)
+        torch.nn.Module.__init__(model)
+        for gone, stand_in in (("all_tied_weights_keys", {}), ("get_head_mask", lambda self, mask, n: [None] * n),
+                               ("invert_attention_mask", lambda self, m: (1 - m[:, None, None].float()) * torch.finfo().min)):
+            hasattr(BertModel, gone) or setattr(BertModel, gone, stand_in)
+        (root / "bert.json").write_text(json.dumps(BERT_CONFIG | {"encoder_width": 64}))
+        model.device, model.mean, model.std, model.mlp = "cpu", 0.16717362830052426, 1.0333394966054072, MLP(32)
+        model.blip = torch.nn.Module()
+        model.blip.visual_encoder = VisionTransformer(img_size=224, patch_size=56, embed_dim=64, depth=2, num_heads=16)
+        model.blip.text_encoder = BertModel(BertConfig.from_json_file(str(root / "bert.json")), add_pooling_layer=False)
+        missing, unexpected = model.load_state_dict(load(root / "zai-org/ImageReward/ImageReward.pt"), strict=False)
+        assert not missing and all("_proj." in key or "position_ids" in key for key in unexpected)
+        score = lambda picture, ids, mask: model.eval().score_gard(ids, mask, _transform(224)(picture)[None])
+    elif kind.startswith("hps"):
+        model = hps.model.CLIP(dim, dict(layers=depth, width=vision, patch_size=patch, image_size=224),
+                               dict(vocab_size=vocab, width=text, heads=2, layers=depth))
+        model.load_state_dict(load(root / f"xswu/HPSv2/HPS_{kind[3:]}_compressed.pt")["state_dict"])
+        transform, resize = hps.image_transform(224, False, resize_longest_max=True), hps.transform.F.resize
+        monkeypatch.setattr(hps.transform.F, "resize", lambda x, size, how: resize(x, size, how, antialias="aliased" not in name))
+        score = lambda picture, ids, mask: (model.eval().encode_image(transform(picture)[None], True) * model.encode_text(ids, True)).sum()
+    elif kind == "pickscore":  # its model card
+        model, process = scorer.clip, transformers.CLIPImageProcessorPil(size={"shortest_edge": 224})
+        features = lambda out: unit(getattr(out, "pooler_output", out))
+        score = lambda picture, ids, mask: (features(model.get_text_features(ids, mask)) * features(model.get_image_features(
+            process(picture, return_tensors="pt").pixel_values))).sum()
+    else:  # as in ImageReward's CLIPScore.py and AestheticScore.py
+        model = openai.model.CLIP(dim, 224, depth, vision, patch, 77, vocab, text, 2, depth)
+        model.load_state_dict(openai_clip(*SIZES["L"]))
+        picture_vector = lambda picture: unit(model.eval().encode_image(_transform(224)(picture)[None]))
+        score = lambda picture, ids, mask: (picture_vector(picture) * unit(model.encode_text(ids))).sum()
+        if kind == "aesthetic":
+            mlp = MLP(dim).eval()
+            mlp.load_state_dict(load(root / evaluation.AESTHETIC / evaluation.AESTHETIC_FILE))
+            score = lambda picture, ids, mask: mlp(picture_vector(picture))
+    with torch.no_grad():
+        return torch.stack([score(picture, ids[None], mask[None]).reshape(()) for picture, ids, mask in
+                            zip(photographs(), tokens.input_ids, tokens.attention_mask)])
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_scorers_equal_their_originals(name, scorer_weights, monkeypatch):
+    """Skipped without the originals: pip install torchvision timm ftfy clint fairscale accelerate "setuptools<80", then pip
+    install --no-deps hpsv2==1.2.0 image-reward==1.5 clip-anytorch==2.6.0. With -s it prints what EXPECTED records."""
+    scorer = evaluation.load_scorer(name.split("-")[0], scorer_weights, antialias="aliased" not in name)
+    original, ours = original_scores(name, scorer_weights, scorer, monkeypatch), scorer.score(photographs(), PROMPTS)
+    print(f'{name}: {[round(v, 7) for v in original.tolist()]} largest difference {(original - ours).abs().max():.1e}')
+    torch.testing.assert_close(ours, original, rtol=0, atol=2e-6)
 
 
 # ---- Errors: one line, exit code 2 ----------------------------------------------------------------------------------

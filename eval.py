@@ -1,0 +1,506 @@
+"""Evaluate checkpoints: pictures from equal noise, scored as the field scores them, in one table with error bars.
+
+    python eval.py                                      # the miniature's last run against its base
+    python eval.py --model runwayml/stable-diffusion-v1-5 --unet runs/x/checkpoint-210 --prompts pickapic
+    python eval.py --model DIR --unet sft=runs/a seppo=runs/b dpo=mhdang/dpo-sd1.5-text2image-v1 --prompts prompts.txt
+    torchrun --nproc-per-node 8 eval.py ...             # the prompts split over the GPUs: the same table
+    python eval.py --runs runs/a runs/b                 # curves of what the runs logged
+
+A prompt's noise has a seed of its own, the same for every model and in every list of prompts, so comparisons are paired.
+`--protocol paper` does as SePPO's authors did. There is no safety checker: it would blacken pictures and poison the means.
+From top to bottom: the numbers, the scorers, the prompts and their noise, the pictures, the output, the command line.
+"""
+import argparse, csv, datetime, functools, hashlib, html, json, math, os, re, sys, textwrap, unicodedata
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers, huggingface_hub, torch, transformers
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+import seppo
+from seppo import UserError, need, reading, whole
+
+# ---- The numbers ----------------------------------------------------------------------------------------------------
+
+SCORERS = {  # name in the table, and what the table multiplies a score by: cosines are shown as papers print them
+    "pickscore": ("PickScore", 100), "hpsv2": ("HPSv2", 100), "hpsv2.1": ("HPSv2.1", 100), "imagereward": ("ImageReward", 1),
+    "aesthetic": ("Aesthetic", 1), "clip": ("CLIPScore", 100), "mini": ("Score", 1)}
+PAPER = {"pickscore": 21.57, "hpsv2": 27.20, "imagereward": 0.615}  # SePPO on Pick-a-Pic's validation_unique, a single run
+
+def win_rate(scores, base, z=1.959964):
+    """Share of prompts where a picture scores above the base's, and its 95 % interval: (rate, low, high), all in [0, 1].
+
+    scores, base: (N,) scores for the same prompts. A tie is half a win. The interval is Wilson's, which keeps its coverage
+    for few prompts and near 0 and 1, where rate +- 1.96 standard errors does not; ties make it wider than it need be.
+    """
+    n, rate = len(scores), ((1 + torch.sign(scores - base)) / 2).double().mean().item()
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return rate, max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+def table(scores, paper=False):
+    """Markdown: a row for each model, for each scorer the mean with its standard error and the win rate against the base.
+
+    scores: {model: {scorer: (N,) tensor, or None where the scorer is missing}}, the base first; scorers are keys of SCORERS.
+    paper: whether the paper's own figures stand below, as its own.
+    """
+    base = next(iter(scores.values()))
+    rows = [["model"] + [cell for n in base for cell in (SCORERS[n][0] + (" x100" if SCORERS[n][1] == 100 else ""), "wins")]]
+    rows.append(["---"] * len(rows[0]))
+    for model, values in scores.items():
+        rows.append([model])
+        for name, x in values.items():
+            scale, digits = SCORERS[name][1], 2 if SCORERS[name][1] == 100 else 3
+            if x is None:
+                rows[-1] += ["missing", ""]
+                continue
+            rate, low, high = (100 * v for v in win_rate(x, base[name]))
+            rows[-1] += [f"{scale * x.mean():.{digits}f} ± {scale * x.std() / len(x) ** .5:.{digits}f}",
+                         "" if values is base else f"{rate:.1f} % [{low:.1f}, {high:.1f}]"]
+    if paper and {*base} & {*PAPER}:
+        rows.append(["*SePPO, the paper's own figures*"] + [cell for n in base for cell in (f"{PAPER.get(n, '')}", "")])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+# ---- The scorers ----------------------------------------------------------------------------------------------------
+# Each computes what its original code computes, in fp32 and with transformers alone: the original packages no longer
+# install beside current ones. test_seppo.py compares them.
+
+H14, L14, BERT = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14", "google-bert/bert-base-uncased"
+AESTHETIC, AESTHETIC_FILE = "christophschuhmann/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"  # on GitHub
+MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)))
+
+def to_tensor(image):  # RGB -> (3, h, w) in [0, 1]
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1) / 255
+
+def crop_pixels(image, side, half=round):
+    """CLIP's preprocessing: a PIL image -> (3, side, side), the shorter side to `side` (bicubic), centre crop, normalised.
+    half: what becomes of half a pixel: torchvision rounds, transformers (PickScore) takes the floor."""
+    w, h = image.size
+    w, h = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
+    left, top = half((w - side) / 2), half((h - side) / 2)
+    image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + side, top + side)).convert("RGB")
+    return (to_tensor(image) - MEAN) / STD
+
+def pad_pixels(image, side, antialias=True):
+    """HPSv2's: the longest side to `side`, as floats, then black around it. torchvision antialiases this since 0.17; the
+    authors' version did not, which moves the scores: never compare across."""
+    x = to_tensor(image.convert("RGB"))
+    scale = side / max(x.shape[1:])
+    if scale != 1:
+        x = F.interpolate(x[None], [round(v * scale) for v in x.shape[1:]], mode="bicubic", antialias=antialias)[0]
+    h, w = side - x.shape[1], side - x.shape[2]
+    return (F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2)) - MEAN) / STD
+
+def clean(prompt):
+    """What OpenAI's and open_clip's tokenizers do before they split: ftfy's most frequent mends, html entities, white space."""
+    plain = dict.fromkeys((0x2018, 0x2019, 0x201A, 0x201B, 0x02BC), "'") | dict.fromkeys((0x201C, 0x201D, 0x201E, 0x201F), '"')
+    plain |= {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0xFEFF: None}  # full-width characters; byte order mark
+    return " ".join(unicodedata.normalize("NFC", html.unescape(html.unescape(prompt)).translate(plain)).split())
+
+class Scorer(torch.nn.Module):
+    """score(images, prompts): PIL images and as many strings -> (N,) fp32 on the CPU, in the units of the original code.
+    score_tensors(pixels, input_ids, attention_mask): (N, 3, S, S) normalised pixels, (N, L) tokens and mask -> (N,)."""
+
+    def __init__(self, pixels, tokenizer, length, tidy=str):
+        super().__init__()
+        self.pixels, self.tokenizer, self.length, self.tidy = pixels, tokenizer, length, tidy
+
+    @torch.no_grad()
+    def score(self, images, prompts):
+        tokens = self.tokenizer([self.tidy(prompt) for prompt in prompts], padding="max_length", truncation=True,
+                                max_length=self.length, return_tensors="pt")
+        inputs = torch.stack([self.pixels(image) for image in images]), tokens.input_ids, tokens.attention_mask
+        return self.score_tensors(*(v.to(next(self.parameters()).device) for v in inputs)).float().cpu()
+
+class ClipScorer(Scorer):
+    """PickScore, HPSv2, CLIPScore: the cosine of a CLIP's picture and text vectors. With a head, LAION's aesthetic predictor:
+    linear layers on the unit picture vector, whatever the prompt."""
+
+    def __init__(self, clip, *args, head=None):
+        super().__init__(*args)
+        self.clip, self.head = clip, head
+
+    def score_tensors(self, pixels, input_ids=None, attention_mask=None):
+        unit = lambda out: F.normalize(getattr(out, "pooler_output", out))  # an object since transformers 5
+        picture = unit(self.clip.get_image_features(pixel_values=pixels))
+        if self.head:
+            return self.head(picture).squeeze(-1)
+        return (picture * unit(self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask))).sum(-1)
+
+class ImageReward(Scorer):
+    """BLIP's text encoder looks at the picture through cross attention; linear layers read its first token."""
+
+    def __init__(self, state, text, *args):
+        super().__init__(*args)
+        vision, (_, tokens, width) = part(state, "blip.visual_encoder."), state["blip.visual_encoder.pos_embed"].shape
+        patch, depth = vision["patch_embed.proj.weight"].shape[-1], sum(key.endswith("qkv.weight") for key in vision)
+        self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
+            hidden_size=width, intermediate_size=len(vision["blocks.0.mlp.fc1.bias"]), num_hidden_layers=depth, patch_size=patch,
+            num_attention_heads=16, image_size=math.isqrt(tokens - 1) * patch, layer_norm_eps=1e-6))  # the default, 1e-5, is BLIP's
+        self.text = BlipTextModel(transformers.BlipTextConfig(**text | {"encoder_hidden_size": width}), add_pooling_layer=False)
+        self.vision.load_state_dict(renamed(vision, IMAGEREWARD_KEYS))
+        self.text.load_state_dict({k: v for k, v in part(state, "blip.text_encoder.").items() if "position_ids" not in k})
+        self.head = linear_chain(part(state, "mlp.layers."))
+
+    def score_tensors(self, pixels, input_ids, attention_mask):
+        seen = self.vision(pixels).last_hidden_state  # (N, patches + 1, width)
+        read = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=seen, is_decoder=False).last_hidden_state
+        return (self.head(read[:, 0]).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
+
+def part(state, prefix):
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+def linear_chain(state):
+    """Linear layers in a row, numbered with gaps: where dropout was. Neither original has a non-linearity between them."""
+    numbers = sorted({int(key.split(".")[0]) for key in state})
+    chain = torch.nn.Sequential(*(torch.nn.Linear(*reversed(state[f"{n}.weight"].shape)) for n in numbers))
+    chain.load_state_dict({f"{i}.{p}": state[f"{n}.{p}"] for i, n in enumerate(numbers) for p in ("weight", "bias")})
+    return chain
+
+IMAGEREWARD_KEYS = {  # timm's names -> transformers'
+    r"^cls_token": "embeddings.class_embedding", r"^pos_embed": "embeddings.position_embedding", r"^norm\.": "post_layernorm.",
+    r"^patch_embed\.proj": "embeddings.patch_embedding", r"^blocks": "encoder.layers", r"\.norm(\d)": r".layer_norm\1",
+    r"attn\.qkv": "self_attn.qkv", r"attn\.proj": "self_attn.projection"}
+CLIP_KEYS = {  # OpenAI's names, which open_clip and HPSv2 keep -> transformers'
+    r"^visual\.proj$": "visual_projection.weight", r"^text_projection$": "text_projection.weight", r"^visual\.": "vision_model.",
+    r"^(?=transformer|token_|positional_|ln_final)": "text_model.", r"transformer\.resblocks": "encoder.layers",
+    r"\.attn\.": ".self_attn.", r"\.ln_(\d)": r".layer_norm\1", r"mlp\.c_fc": "mlp.fc1", r"mlp\.c_proj": "mlp.fc2",
+    r"\.(class_embedding|token_embedding)": r".embeddings.\1", r"\.positional_embedding": ".embeddings.position_embedding.weight",
+    r"\.conv1": ".embeddings.patch_embedding", r"\.ln_pre": ".pre_layrnorm", r"\.ln_post": ".post_layernorm",
+    r"\.ln_final": ".final_layer_norm"}
+
+def renamed(state, rules):
+    return {functools.reduce(lambda key, rule: re.sub(*rule, key), rules.items(), key): tensor for key, tensor in state.items()}
+
+def from_open_clip(state):
+    """A state dict under OpenAI's and open_clip's names -> the same weights for transformers' CLIPModel."""
+    state = {key: tensor.T if key in ("visual.proj", "text_projection") else tensor for key, tensor in state.items()}
+    split = {}
+    for key, tensor in renamed(state, CLIP_KEYS).items():  # q, k and v are one tensor there
+        split |= {key.replace("in_proj_", f"{p}_proj."): t for p, t in zip("qkv", tensor.chunk(3))} if "in_proj_" in key else {key: tensor}
+    return split
+
+def place(folder, repository, file=""):
+    """Where a repository, or a file of it, is: on the hub, or in FOLDER/OWNER/NAME, FOLDER/NAME or FOLDER itself."""
+    if folder is None:
+        return huggingface_hub.hf_hub_download(repository, file) if file else repository
+    places = Path(folder, repository), Path(folder, repository.split("/")[1]), Path(folder)
+    return str(Path(next((p for p in places if p.is_dir()), folder), file))
+
+def load_scorer(name, folder=None, device="cpu", antialias=True):
+    """A scorer, by a key of SCORERS, in fp32, with `score` and `score_tensors` (see Scorer).
+
+    folder: where the hub's own files lie, as FOLDER/OWNER/NAME, FOLDER/NAME or all in FOLDER; None: the hub (for the aesthetic
+    predictor's head, GitHub). antialias: of HPSv2's resize. Raises UserError if the name is unknown or weights can't be had.
+    """
+    need(name in SCORERS, f"--scorers {name}: it is none of {', '.join(SCORERS)}")
+    if name == "mini":
+        return MiniScorer()
+    load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    with reading(f"the weights of {SCORERS[name][0]}", "--scorer-weights takes a folder with the hub's files"):
+        if name == "imagereward":
+            text, weights = (place(folder, "zai-org/ImageReward", file) for file in ("med_config.json", "ImageReward.pt"))
+            return ImageReward(load(weights), json.loads(Path(text).read_text()), functools.partial(crop_pixels, side=224),
+                               transformers.BertTokenizer.from_pretrained(place(folder, BERT)), 35).to(device).eval()
+        home, head = place(folder, {"pickscore": "yuvalkirstain/PickScore_v1", "aesthetic": L14, "clip": L14}.get(name, H14)), None
+        if name.startswith("hpsv2"):  # the laion model with other weights, in fp16 and under open_clip's names
+            clip = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(home))
+            weights = load(place(folder, "xswu/HPSv2", f"HPS_{name[3:]}_compressed.pt"))["state_dict"]
+            clip.load_state_dict(from_open_clip(weights))
+        else:
+            clip = transformers.CLIPModel.from_pretrained(home, dtype=torch.float32)
+        if name == "aesthetic":
+            head = linear_chain(part(load(place(folder, AESTHETIC, AESTHETIC_FILE)) if folder else torch.hub.load_state_dict_from_url(
+                f"https://github.com/{AESTHETIC}/raw/main/{AESTHETIC_FILE.replace('+', '%2B')}", map_location="cpu", weights_only=True,
+                file_name=AESTHETIC_FILE), "layers."))
+        side, length = clip.config.vision_config.image_size, clip.config.text_config.max_position_embeddings
+        pixels = functools.partial(pad_pixels, antialias=antialias) if name.startswith("hpsv2") else functools.partial(
+            crop_pixels, half=math.floor if name == "pickscore" else round)
+        return ClipScorer(clip, functools.partial(pixels, side=side), transformers.CLIPTokenizer.from_pretrained(home), length,
+                          str if name == "pickscore" else clean, head=head).to(device).eval()  # PickScore does not clean
+
+class MiniScorer:
+    """The miniature's own taste, seppo.mini_score, in the place of a Scorer."""
+
+    def score(self, images, prompts):
+        return self.score_tensors(torch.stack([to_tensor(image.convert("RGB")) for image in images]) * 2 - 1, prompts)
+
+    def score_tensors(self, pixels, prompts):
+        return seppo.mini_score(pixels, prompts)
+
+# ---- The prompts and their noise ------------------------------------------------------------------------------------
+
+PICKAPIC, PARTI, HPD = ("yuvalkirstain/pickapic_v2_no_images", seppo.PICKAPIC[0]), "nateraw/parti-prompts", "zhwang/HPDv2"
+NAMED = {"mini": 480, "pickapic": 500, "parti": 1632, "hpsv2": 3200}  # how many prompts each has
+
+def read_prompts(name):
+    """--prompts: a key of NAMED, or a file: JSON (a list, as the authors' of {"prompt": ...}), JSONL, or lines of text -> the
+    prompts in order, without blank ones. Raises UserError."""
+    hub, path = functools.partial(huggingface_hub.hf_hub_download, repo_type="dataset"), Path(name)
+    with reading(f"--prompts {name}", f"it takes {', '.join(NAMED)}, or a file: text, JSON or JSONL"):
+        if name == "mini":
+            rows = [seppo.CAPTIONS[i % len(seppo.CAPTIONS)] for i in range(NAMED["mini"])]
+        elif name == "pickapic":
+            rows = pickapic_captions()
+        elif name == "parti":
+            rows = csv.DictReader(Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").splitlines(), delimiter="\t")
+        elif name == "hpsv2":
+            styles = (hub(HPD, f"benchmark/{style}.json") for style in ("anime", "concept-art", "paintings", "photo"))
+            rows = [prompt for style in styles for prompt in json.loads(Path(style).read_text("utf-8"))]
+        else:
+            text = path.read_text("utf-8-sig")
+            rows = json.loads(text) if path.suffix == ".json" else [
+                json.loads(line) if path.suffix == ".jsonl" else line for line in text.split("\n") if line.strip()]
+        rows = [row if isinstance(row, str) else next(row[k] for k in ("prompt", "Prompt", "caption", "text") if k in row) for row in rows]
+    need(any(map(str.strip, rows)), f"--prompts {name} holds no prompt")
+    return [row.strip() for row in rows if row.strip()]
+
+def pickapic_captions():
+    from datasets import load_dataset
+    for repository in PICKAPIC:  # the same captions in both; the first may be gone
+        try:  # streamed: one column of one split, no pictures
+            rows = list(load_dataset(repository, split="validation_unique", streaming=True, columns=["caption"]))
+            print(f"prompts: validation_unique of {repository}")
+            return rows
+        except Exception as error:
+            reason = error
+    raise reason
+
+def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=torch.float32):
+    """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
+
+    paired: drawn from (seed, prompt, how often the prompt came before): the same for a prompt in any list of prompts.
+    paper: from one generator, in the device and dtype of the pipeline, prompt after prompt, as a loop over diffusers' pipeline
+    draws it; but before anything else (PNDM draws nothing more), so that neither resuming nor splitting changes it.
+    """
+    if protocol == "paper":
+        g = torch.Generator(device).manual_seed(seed)
+        return [torch.randn((1, *shape), generator=g, device=device, dtype=dtype)[0].float().cpu() for _ in prompts]
+    seen, noises = Counter(), []
+    for prompt in prompts:
+        noises.append(torch.randn(shape, generator=torch.Generator().manual_seed(seppo.key(seed, "prompt", prompt, seen[prompt]))))
+        seen[prompt] += 1
+    return noises
+
+# ---- The pictures ---------------------------------------------------------------------------------------------------
+
+def find_unets(o):
+    """--unet -> {name: folder or hub id}, the base (None) first. Of a run it is the last checkpoint."""
+    specs, found = o.unet, {"base": None}
+    if o.model == "mini" and not specs:
+        runs = [p for p in Path("runs").glob("*/config.json") if json.loads(p.read_text())["options"]["model"] == "mini"]
+        need(runs, "runs/ holds no run of the miniature: python seppo.py makes one")
+        specs = [str(max(runs, key=lambda p: p.stat().st_mtime).parent)]
+    for spec in specs or ():
+        name, equals, where = spec.partition("=")
+        name, where = (name, where) if equals and not Path(spec).exists() else (None, spec)
+        steps = [int(p.name[11:]) for p in Path(where).glob("checkpoint-*") if p.name[11:].isdigit()]
+        parts = [p for p in Path(where).parts if p != "unet"][-2:]
+        name = name or "-".join(parts[-2 if parts[-1].startswith("checkpoint-") else -1:])
+        need(re.fullmatch(r"\w[\w.+-]*", name) and name not in found, f"--unet {spec} needs a name of its own: NAME={where}")
+        found[name] = str(Path(where, f"checkpoint-{max(steps)}")) if steps else where
+    return found
+
+def load_checked(name, where, base):
+    """The UNet that stands beside the base, of the same shape. Raises UserError."""
+    with reading(f"--unet {name}={where}", "it takes a run, a checkpoint, a UNet's folder as diffusers saves it, or a hub id"):
+        unet = seppo.load_unet(where)
+    shapes = lambda net: {key: tensor.shape for key, tensor in net.state_dict().items()}
+    need(shapes(unet) == shapes(base), f"--unet {name}={where} has another shape than the UNet of --model")
+    return unet
+
+def digest(*parts):
+    """A short hash of modules' weights, tensors, and whatever else prints alike when it is alike."""
+    h = hashlib.blake2b(digest_size=6)
+    for item in parts:
+        for value in item.state_dict().values() if isinstance(item, torch.nn.Module) else [item]:
+            h.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy() if torch.is_tensor(value) else repr(value).encode())
+    return h.hexdigest()
+
+@torch.no_grad()
+def generate(o, unets, base, codec, prompts, batches):
+    """Make the pictures that are missing -> {model: their files}. A file's name has a hash of all that determines the picture
+    (weights, prompt, noise, settings): what changed is made anew, and what is there is as it would be made. The batches depend
+    on neither the processes nor what is there, since a picture's rounding depends on its batch."""
+    base, side, dtype = base.cpu(), o.resolution // codec.factor, seppo.DTYPES[o.dtype][1]
+    noises = start_noise(prompts, (codec.channels, side, side), o.seed, o.protocol, o.device, dtype)
+    marks = digest(*vars(codec).get("_modules", ()), o.model, o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4])
+    marks = {name: digest(load_checked(name, where, base) if where else base, marks) for name, where in unets.items()}  # all, before hours
+    null, files = codec.encode_text([""]), {}
+    for name, where in unets.items():
+        files[name] = [Path(o.out, "pictures", name, f"{i:05d}-{digest(marks[name], prompt, noise)}.png")
+                       for i, (prompt, noise) in enumerate(zip(prompts, noises))]
+        missing = [part for part in batches if not all(file.exists() for file in files[name][part])]
+        unet = (load_checked(name, where, base) if where else base).to(o.device, dtype).eval() if missing else None
+        for part in progress(o, missing, prompts, f"{name}: pictures"):
+            noise, context = torch.stack(noises[part]).to(o.device), codec.encode_text(prompts[part])
+            latents = seppo.sample(unet, codec.scheduler, noise, context, null, o.solver, o.sampler_steps, o.guidance)
+            pixels = ((codec.decode(latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, R, R, 3)
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(save_png, map(Image.fromarray, pixels), files[name][part]))
+    return files
+
+def save_png(image, path):
+    with whole(path) as file:
+        image.save(file, "PNG")
+
+def progress(o, batches, prompts, what):
+    """The batches, under a bar that counts pictures; of many processes only the first shows its own."""
+    with tqdm(total=sum(len(prompts[part]) for part in batches), desc=what, unit="picture", disable=o.rank > 0) as bar:
+        for part in batches:
+            yield part
+            bar.update(len(prompts[part]))
+
+def score_pictures(o, files, prompts, batches):
+    """-> {(model, i): {scorer: score}} for this process's prompts, {scorer: why it is missing}. Scores are not kept for the
+    next time: they take about a hundredth of what generating takes."""
+    scores, missing = {}, {}
+    for name in o.scorers:
+        try:
+            scorer = load_scorer(name, o.scorer_weights, o.device, antialias=o.protocol != "paper")
+        except UserError as error:
+            missing[name] = str(error)
+            continue
+        for model, paths in files.items():
+            for part in progress(o, batches, prompts, f"{model}: {SCORERS[name][0]}"):
+                with ThreadPoolExecutor() as pool:
+                    images = list(pool.map(lambda path: Image.open(path).convert("RGB"), paths[part]))
+                for i, score in zip(range(len(prompts))[part], scorer.score(images, prompts[part]).tolist()):
+                    scores.setdefault((model, i), {})[name] = score
+    return scores, missing
+
+# ---- The output -----------------------------------------------------------------------------------------------------
+
+def report(o, files, prompts, scores, missing):
+    """table.md and the same on the terminal, scores.jsonl, grid.png."""
+    out, several = Path(o.out), range(len(prompts))
+    columns = {model: {name: None if name in missing else torch.tensor([scores[model, i][name] for i in several], dtype=torch.float64)
+                       for name in o.scorers} for model in files}
+    text = [table(columns, o.prompts == "pickapic" and len(prompts) == NAMED["pickapic"]),
+            f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts where "
+            "the model's picture scores above the base's, with its 95 % interval.",
+            f"Model {o.model}; {o.resolution} pixels, {o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
+            f"batches of {o.batch_size}, seed {o.seed}, protocol {o.protocol}, no safety checker; HPSv2 resizes "
+            f"with{'out' * (o.protocol == 'paper')} antialiasing; " + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers")) + ".",
+            *(f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items())]
+    rows = ({"model": model, "index": i, "prompt": prompts[i], "file": str(files[model][i].relative_to(out))} | scores.get((model, i), {})
+            for model in files for i in several)
+    print("\n" + "\n\n".join(text) + f"\n\nIn {out}: table.md, scores.jsonl, grid.png, pictures/")
+    for name, content in (("table.md", "\n\n".join(text) + "\n"), ("scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))):
+        with whole(out / name) as file:
+            file.write_text(content, "utf-8")
+    draw_grid(files, prompts, out / "grid.png")
+
+def draw_grid(files, prompts, path, rows=8, tile=192, head=28):
+    """grid.png: the first prompts down, with their captions, models across."""
+    font, sheet = ImageFont.load_default(16), Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, (model, paths) in enumerate(files.items(), 1):
+        draw.text((tile * (x + .5), head / 2), textwrap.shorten(model, 22, placeholder="..."), "black", font, "mm")
+        for y, (file, prompt) in enumerate(zip(paths[:rows], prompts)):
+            with Image.open(file) as image:
+                picture = image.resize((tile - 4, tile - 4), Image.NEAREST if image.width < tile else Image.LANCZOS)
+            sheet.paste(picture, (tile * x + 2, head + tile * y + 2))
+            caption = "\n".join(textwrap.wrap(prompt, 21, max_lines=9, placeholder=" ..."))
+            draw.multiline_text((8, head + tile * (y + .5)), caption, "black", font, "lm")
+    save_png(sheet, path)
+
+def draw_curves(runs, path, window=10):
+    """curves.png: what the runs logged (metrics.jsonl), as means over the last `window` updates."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    panels = {"winner's error": ("policy_w", "reference_w"), "reference sample's error": ("policy_r", "reference_r"),
+              "share of signs": ("sign_pos", "sign_neg", "sign_zero"), "implicit accuracy": ("implicit_acc",)}
+    for i, run in enumerate(runs):
+        with reading(f"--runs {run}", "it takes the folders of runs"):
+            lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+            updates = [line["update"] for line in lines]
+            for axis, (title, keys) in zip(axes.flat, panels.items()):
+                axis.set(title=f"{title}, mean of {window} updates", xlabel="update")
+                for key, style in zip(keys, ("-", "--", ":")):
+                    values = [line[key] for line in lines if line[key] is not None]  # SFT has no reference
+                    smooth = [sum(values[max(0, n - window):n]) / min(n, window) for n in range(1, len(values) + 1)]
+                    if values:
+                        axis.plot(updates, smooth, style, color=f"C{i}", label=f"{Path(run).name}: {key}")
+                        axis.legend(fontsize=7)
+    with whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    print(f"curves: {path}")
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+OPTIONS = (  # name, default (or a type where there is none), what it is, choices
+    ("model", "mini", "the base: mini, a folder saved by diffusers, or a hub id"),
+    ("unet", list, "what stands beside it, as NAME=WHERE or WHERE: a run (its last checkpoint), a checkpoint, a UNet, a hub id"),
+    ("prompts", "pickapic", f"{', '.join(NAMED)}, or a file: text, JSONL, or JSON as the authors'"),
+    ("max-prompts", int, "the first N prompts only"),
+    ("scorers", "pickscore,hpsv2,hpsv2.1,imagereward,aesthetic,clip", "with commas between; mini is one more"),
+    ("scorer-weights", str, "a folder with the hub's own files, instead of the hub"),
+    ("protocol", "paired", "paired: a seed for each prompt; paper: one generator for all, PNDM, 50 steps, no antialiasing in HPSv2", ("paired", "paper")),
+    ("solver", "dpm++", "a diffusers scheduler", seppo.SOLVERS),
+    ("sampler-steps", 20, "its steps"),
+    ("guidance", 7.5, "classifier-free guidance scale, 1 for none"),
+    ("resolution", 512, "pixels"),
+    ("seed", 0, "of the noise"),
+    ("batch-size", 16, "pictures at a time; another size changes pictures by rounding"),
+    ("device", "auto", "auto, cpu, cuda, cuda:1"),
+    ("dtype", str, "of the UNet, VAE and text encoder [fp16 on a GPU, fp32 on a CPU]", ("fp16", "bf16", "fp32")),
+    ("out", str, "where the table and pictures go; pictures that are there are not made again [runs/eval-MODEL]"),
+    ("runs", list, "draw curves.png of what these runs logged; alone, it does nothing else"),
+)
+PRESETS = {"mini": dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16, batch_size=240),
+           "paper": dict(solver="pndm", sampler_steps=50)}
+
+def resolve(argv=None):
+    """A command line -> all options, defaults filled in; of rank and world too. Raises UserError."""
+    given = seppo.parse(OPTIONS, argv, "Evaluate checkpoints of SePPO, or of anything with a Stable Diffusion UNet.")
+    defaults = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
+    o = argparse.Namespace(**defaults | PRESETS.get(given.get("model", "mini"), {}) | PRESETS.get(given.get("protocol"), {}) | given)
+    if o.device in ("auto", "cuda"):
+        o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or o.device == "cuda" else "cpu"
+    o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
+    o.out = o.out or f"runs/eval-{Path(o.model).resolve().name}"
+    seppo.check(o)
+    o.scorers = o.scorers.split(",")
+    for name in o.scorers:
+        need(name in SCORERS, f"--scorers {name}: it is none of {', '.join(SCORERS)}")
+    o.rank, o.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    o.curves_only = given.keys() - {"out"} == {"runs"}
+    return o
+
+def evaluate(argv):
+    o = resolve(argv)
+    Path(o.out).mkdir(parents=True, exist_ok=True)
+    if o.runs and o.rank == 0:
+        draw_curves(o.runs, Path(o.out, "curves.png"))
+    if o.curves_only:
+        return
+    if o.world > 1:  # a day: another process may have far more left to do
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    prompts = read_prompts(o.prompts)[:o.max_prompts]
+    unets = find_unets(o)
+    base, codec = seppo.load_models(argparse.Namespace(model=o.model, unet=None, device=o.device, dtype=o.dtype))
+    batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)][o.rank::o.world]
+    files = generate(o, unets, base, codec, prompts, batches)
+    del base, codec
+    scores, missing = score_pictures(o, files, prompts, batches)
+    if o.world > 1:
+        shares = [None] * o.world
+        torch.distributed.all_gather_object(shares, (scores, missing))
+        scores, missing = ({k: v for share in shares for k, v in share[i].items()} for i in (0, 1))
+        torch.distributed.destroy_process_group()
+    if o.rank == 0:
+        report(o, files, prompts, scores, missing)
+
+def main(argv=None):
+    """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
+    return seppo.main(argv, evaluate, "eval.py", "--batch-size")
+
+if __name__ == "__main__":
+    sys.exit(main())
