@@ -8,10 +8,9 @@
 
 A prompt's noise has a seed of its own, the same for every model and in every list of prompts, so comparisons are paired.
 `--protocol paper` does as SePPO's authors did. There is no safety checker: it would blacken pictures and poison the means.
-From top to bottom: the numbers, the scorers, the prompts and their noise, the pictures, the output, the command line.
 """
-import argparse, csv, datetime, functools, hashlib, html, json, math, os, re, sys, textwrap, unicodedata
-from collections import Counter
+import argparse, contextlib, csv, datetime, functools, hashlib, html, json, math, os, re, sys, textwrap, unicodedata
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -155,10 +154,10 @@ def part(state, prefix):
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 def linear_chain(state):
-    """Linear layers in a row, numbered with gaps: where dropout was. Neither original has a non-linearity between them."""
-    numbers = sorted({int(key.split(".")[0]) for key in state})
-    chain = torch.nn.Sequential(*(torch.nn.Linear(*reversed(state[f"{n}.weight"].shape)) for n in numbers))
-    chain.load_state_dict({f"{i}.{p}": state[f"{n}.{p}"] for i, n in enumerate(numbers) for p in ("weight", "bias")})
+    """Linear layers in a row, numbered with gaps where dropout was. Neither original has a non-linearity between them."""
+    layers = {key.split(".")[0]: torch.nn.Linear(*reversed(w.shape)) for key, w in sorted(state.items()) if w.ndim == 2}
+    chain = torch.nn.Sequential(OrderedDict(layers))
+    chain.load_state_dict(state)
     return chain
 
 IMAGEREWARD_KEYS = {  # timm's names -> transformers'
@@ -197,9 +196,10 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
     folder: where the hub's own files lie, as FOLDER/OWNER/NAME, FOLDER/NAME or all in FOLDER; None: the hub (for the aesthetic
     predictor's head, GitHub). antialias: of HPSv2's resize. Raises UserError if the name is unknown or weights can't be had.
     """
-    need(name in SCORERS, f"--scorers {name}: it is none of {', '.join(SCORERS)}")
-    if name == "mini":
-        return MiniScorer()
+    need(name in SCORERS, f"{name} is no scorer: there are {', '.join(SCORERS)}")
+    if name == "mini":  # the miniature's own taste
+        pixels = lambda images: torch.stack([to_tensor(image.convert("RGB")) for image in images]) * 2 - 1
+        return argparse.Namespace(score=lambda images, prompts: seppo.mini_score(pixels(images), prompts), score_tensors=seppo.mini_score)
     load = functools.partial(torch.load, map_location="cpu", weights_only=True)
     with reading(f"the weights of {SCORERS[name][0]}", "--scorer-weights takes a folder with the hub's files"):
         if name == "imagereward":
@@ -222,15 +222,6 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
             crop_pixels, half=math.floor if name == "pickscore" else round)
         return ClipScorer(clip, functools.partial(pixels, side=side), transformers.CLIPTokenizer.from_pretrained(home), length,
                           str if name == "pickscore" else clean, head=head).to(device).eval()  # PickScore does not clean
-
-class MiniScorer:
-    """The miniature's own taste, seppo.mini_score, in the place of a Scorer."""
-
-    def score(self, images, prompts):
-        return self.score_tensors(torch.stack([to_tensor(image.convert("RGB")) for image in images]) * 2 - 1, prompts)
-
-    def score_tensors(self, pixels, prompts):
-        return seppo.mini_score(pixels, prompts)
 
 # ---- The prompts and their noise ------------------------------------------------------------------------------------
 
@@ -260,15 +251,13 @@ def read_prompts(name):
     return [row.strip() for row in rows if row.strip()]
 
 def pickapic_captions():
+    """Pick-a-Pic's validation_unique, streamed: one column of one split, no pictures. The first of PICKAPIC may be gone."""
     from datasets import load_dataset
-    for repository in PICKAPIC:  # the same captions in both; the first may be gone
-        try:  # streamed: one column of one split, no pictures
+    for repository in PICKAPIC:
+        with contextlib.suppress(*(Exception,) * (repository != PICKAPIC[-1])):
             rows = list(load_dataset(repository, split="validation_unique", streaming=True, columns=["caption"]))
             print(f"prompts: validation_unique of {repository}")
             return rows
-        except Exception as error:
-            reason = error
-    raise reason
 
 def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=torch.float32):
     """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
@@ -328,8 +317,10 @@ def generate(o, unets, base, codec, prompts, batches):
     on neither the processes nor what is there, since a picture's rounding depends on its batch."""
     base, side, dtype = base.cpu(), o.resolution // codec.factor, seppo.DTYPES[o.dtype][1]
     noises = start_noise(prompts, (codec.channels, side, side), o.seed, o.protocol, o.device, dtype)
-    marks = digest(*vars(codec).get("_modules", ()), o.model, o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4])
-    marks = {name: digest(load_checked(name, where, base) if where else base, marks) for name, where in unets.items()}  # all, before hours
+    marks = digest(*(v for v in vars(codec).values() if isinstance(v, torch.nn.Module)),
+                   sorted(item for item in codec.scheduler.config.items() if item[0][0] != "_"),  # those are in random order
+                   o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4])
+    marks = {name: digest(load_checked(name, where, base) if where else base, marks) for name, where in unets.items()}  # all, at once
     null, files = codec.encode_text([""]), {}
     for name, where in unets.items():
         files[name] = [Path(o.out, "pictures", name, f"{i:05d}-{digest(marks[name], prompt, noise)}.png")
@@ -467,9 +458,10 @@ def resolve(argv=None):
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
     o.out = o.out or f"runs/eval-{Path(o.model).resolve().name}"
     seppo.check(o)
-    o.scorers = o.scorers.split(",")
-    for name in o.scorers:
-        need(name in SCORERS, f"--scorers {name}: it is none of {', '.join(SCORERS)}")
+    o.scorers = [name.strip() for name in o.scorers.split(",")]
+    unknown = {*o.scorers} - {*SCORERS}
+    need(not unknown, f"--scorers {', '.join(unknown)}: there are {', '.join(SCORERS)}")
+    need("mini" not in o.scorers or o.model == "mini", "--scorers mini scores the miniature only")
     o.rank, o.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     o.curves_only = given.keys() - {"out"} == {"runs"}
     return o
@@ -484,6 +476,7 @@ def evaluate(argv):
     if o.world > 1:  # a day: another process may have far more left to do
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     prompts = read_prompts(o.prompts)[:o.max_prompts]
+    need("mini" not in o.scorers or {*prompts} <= {*seppo.CAPTIONS}, f"--prompts {o.prompts}: the miniature knows its own captions only")
     unets = find_unets(o)
     base, codec = seppo.load_models(argparse.Namespace(model=o.model, unet=None, device=o.device, dtype=o.dtype))
     batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)][o.rank::o.world]

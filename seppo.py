@@ -581,18 +581,6 @@ class Trainer:
         with whole(self.out / "samples" / f"step-{update}.png") as file:
             make_image_grid(rows, len(rows), 1).save(file, "PNG")
 
-    def mini_scores(self, n=480):
-        """What the miniature's taste says of the base model and of the policy, from equal noise."""
-        captions, scores = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)], []
-        noise, context = draws("score", range(n), self.shape, 1, 0)[-1].to(self.device), self.codec.encode_text(captions)
-        for step in (0, self.o.steps):
-            load_weights(self.policy, self.out / f"checkpoint-{step}")
-            score = mini_score(self.codec.decode(self.sample(self.policy, noise=noise, context=context)), captions)
-            scores.append(f"{score.mean():.3f} +- {score.std() / n ** .5:.3f}")
-        captions, liked, _ = zip(*open_mini("mini")[2](0, 0, 2048))
-        liked = mini_score(torch.stack(liked), captions).mean()
-        return f"Score {scores[0]} before, {scores[1]} after ({n} pictures each; liked ones: {liked:.3f})."
-
 def train(o):
     """A run from its resolved options: begin it, resume it, or say that it is finished."""
     if (Path(o.out) / f"checkpoint-{o.steps}").is_dir() and not o.fresh:
@@ -623,9 +611,8 @@ def train(o):
             smooth = {k: .9 * smooth.get(k, v) + .1 * v for k, v in shown.items()}
             bar.set_postfix({k: f"{v:.3g}" for k, v in smooth.items()} | {k: m[k] for k in ("reference", "skipped_rows") if m[k]})
     if o.model != "mini-untrained":
-        print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model above, the policy below." + how_to_load(o))
-    if o.model == "mini":
-        print(trainer.mini_scores())
+        print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model above, the policy below."
+              + " python eval.py scores both." * (o.model == "mini") + how_to_load(o))
 
 def now(device):
     if device.type == "cuda":

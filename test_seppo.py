@@ -488,6 +488,67 @@ def test_taste_orders_pictures():
         assert (seppo.mini_score(seppo.draw_mini(seppo.CAPTIONS, worse), seppo.CAPTIONS) < 0.99).all(), f"flaw {flaw} must cost"
 
 
+# ---- Evaluation: numbers, prompts, noise ----------------------------------------------------------------------------
+
+def test_table_from_known_scores():
+    base = {"pickscore": torch.tensor([.20, .21, .22, .21]), "imagereward": None}
+    better = {"pickscore": torch.tensor([.21, .22, .22, .20]), "imagereward": None}  # two wins, a tie, a loss: 62.5 %
+    assert evaluation.table({"base": base, "ours": better}, paper=True).splitlines() == [
+        "| model | PickScore x100 | wins | ImageReward | wins |", "| --- | --- | --- | --- | --- |",
+        "| base | 21.00 ± 0.41 |  | missing |  |", "| ours | 21.25 ± 0.48 | 62.5 % [21.9, 90.8] | missing |  |",
+        "| *SePPO, the paper's own figures* | 21.57 |  | 0.615 |  |"]
+    assert "paper" not in evaluation.table({"base": base})
+
+
+@pytest.mark.parametrize("n, share, ties", [(20, .5, 0), (20, .9, 0), (100, .7, 0), (100, .98, 0), (500, .6, 0), (100, .6, .3)])
+def test_the_interval_covers(n, share, ties):
+    g, covered = torch.Generator().manual_seed(0), 0
+    for _ in range(2000):
+        difference = torch.where(torch.rand(n, generator=g) < share, 1.0, -1.0) * (torch.rand(n, generator=g) >= ties)
+        rate, low, high = evaluation.win_rate(difference, torch.zeros(n))
+        assert 0 <= low <= rate <= high <= 1
+        covered += low <= share * (1 - ties) + ties / 2 <= high
+    assert 0.93 < covered / 2000 < (0.98 if not ties else 1.0), covered / 2000
+
+
+def test_noise_belongs_to_the_prompt():
+    prompts = ["a", "b", "a", "c"]
+    all_four = evaluation.start_noise(prompts, (4, 8, 8), seed=1)
+    for subset in (["c", "a"], ["b"], ["a", "a"]):
+        seen = {"a": [0, 2], "b": [1], "c": [3]}
+        for prompt, noise in zip(subset, evaluation.start_noise(subset, (4, 8, 8), seed=1)):
+            assert torch.equal(noise, all_four[seen[prompt].pop(0)]), "a prompt's noise depends on the other prompts"
+    assert len({noise.sum().item() for noise in all_four + evaluation.start_noise(["a"], (4, 8, 8), seed=2)}) == 5
+    together = torch.stack(evaluation.start_noise([str(i) for i in range(100)], (4, 8, 8)))
+    assert together.mean().abs() < 0.03 and abs(together.std() - 1) < 0.03
+
+
+def test_prompts_of_every_form(tmp_path, monkeypatch, capsys):
+    expected = ["two cats", "a dog, “quoted”"]
+    for name, text in {"p.txt": "two cats\n\n  a dog, “quoted”\r\n", "p.json": json.dumps([{"prompt": p, "image_path": ["x"]} for p in expected]),
+                       "q.json": json.dumps(expected), "p.jsonl": "".join(json.dumps({"caption": p}) + "\n" for p in expected)}.items():
+        Path(name).write_text(text, "utf-8")
+        assert evaluation.read_prompts(name) == expected, name
+    assert len(evaluation.read_prompts("mini")) == 480
+    write_parquet(tmp_path / "set/data/validation_unique-00000-of-00001-c2396290184ff49d.parquet", pickapic_rows(6))
+    write_parquet(tmp_path / "set/data/train-00000-of-00001-1234567890abcdef.parquet", pickapic_rows(6, first=50))
+    monkeypatch.setattr(evaluation, "PICKAPIC", (str(tmp_path / "gone"), str(tmp_path / "set")))
+    assert evaluation.read_prompts("pickapic") == [f"picture {i}" for i in range(6)] and "set" in capsys.readouterr().out
+    hub = {"PartiPrompts.tsv": 'Prompt\tCategory\n"two cats"\tA\na 3" nail\tB\n'} | {
+        f"benchmark/{style}.json": json.dumps([style]) for style in ("anime", "concept-art", "paintings", "photo")}
+    monkeypatch.setattr(evaluation.huggingface_hub, "hf_hub_download", lambda repo, file, repo_type: (
+        Path(file.replace("/", "-")).write_text(hub[file]), file.replace("/", "-"))[1])
+    assert evaluation.read_prompts("parti") == ["two cats", 'a 3" nail']
+    assert evaluation.read_prompts("hpsv2") == ["anime", "concept-art", "paintings", "photo"]
+
+
+def test_clean_text():
+    """As ftfy, html.unescape and white space clean-up in OpenAI's and open_clip's tokenizers leave it."""
+    for raw, cleaned in {"a “b” ‘c’": "a \"b\" 'c'", "a &amp;amp; b": "a & b", " a\n\tb  c ": "a b c", "Ｆｕｌｌ，width": "Full,width",
+                         "\ufeffa": "a", "cafe\u0301": "café"}.items():
+        assert evaluation.clean(raw) == cleaned
+
+
 # ---- Evaluation: the scorers ----------------------------------------------------------------------------------------
 
 def noise(name, *shape):
@@ -674,6 +735,136 @@ def test_scorers_equal_their_originals(name, scorer_weights, monkeypatch):
     torch.testing.assert_close(ours, original, rtol=0, atol=2e-6)
 
 
+# ---- Evaluation: the command ----------------------------------------------------------------------------------------
+
+EVAL = ["--resolution", "64", "--sampler-steps", "2", "--batch-size", "3", "--device", "cpu", "--scorers", "clip,aesthetic"]
+
+
+@pytest.fixture
+def evaluate(pipeline, scorer_weights):
+    Path("prompts.txt").write_text("\n".join(f"picture {i}" for i in range(7)))
+    return lambda *argv: evaluation.main(["--model", str(pipeline), "--prompts", "prompts.txt", "--scorer-weights", str(scorer_weights),
+                                          "--out", "out", *EVAL, *map(str, argv)])
+
+
+def other_unet(folder, pipeline, noise=0.05):
+    unet = seppo.load_unet(pipeline)
+    torch.manual_seed(0)
+    for p in unet.parameters():
+        p.data += noise * torch.randn_like(p)
+    unet.save_pretrained(folder)
+
+
+def pictures(folder="out"):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*.png") if "pictures" in path.parts}
+
+
+def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
+    other_unet("run/checkpoint-2/unet", pipeline, 0.05), other_unet("run/checkpoint-10/unet", pipeline, 0.1), other_unet("bare", pipeline, 0.2)
+    assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare", "--scorers", "clip,pickscore,aesthetic", "--scorer-weights", "nowhere") == 0
+    said = capsys.readouterr().out
+    assert said.count("missing") > 3 and "CLIPScore is missing" in said
+    assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare") == 0
+    said = capsys.readouterr().out
+    assert Path("out/table.md").read_text() in said + "\n" and "no safety checker" in said
+    rows = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
+    models = ["base", "ours", "run-checkpoint-2", "bare"]
+    assert [row["model"] for row in rows] == [model for model in models for _ in range(7)]
+    for model in models[1:]:  # the table says what the scores say
+        both = [torch.tensor([row["clip"] for row in rows if row["model"] == m], dtype=torch.float64) for m in ("base", model)]
+        assert f"| {model} | {100 * both[1].mean():.2f} ± {100 * both[1].std() / 7 ** .5:.2f} | {100 * (both[1] > both[0]).double().mean():.1f} %" in said
+    scorer = evaluation.load_scorer("aesthetic", scorer_weights)
+    for row in rows[::5]:
+        with Image.open(Path("out", row["file"])) as image:
+            assert scorer.score([image], [row["prompt"]]).item() == pytest.approx(row["aesthetic"], abs=1e-5)
+    with Image.open("out/grid.png") as grid:
+        assert grid.width == 5 * 192 and grid.height > 6 * 192
+    assert len({picture for picture in pictures().values()}) == 28, "every model's picture of every prompt is its own"
+
+
+def test_pictures_are_what_the_model_draws(pipeline, evaluate):
+    """The last checkpoint's own weights, the prompt's own noise and caption, guidance and solver: against diffusers' pipeline."""
+    other_unet("run/checkpoint-10/unet", pipeline, 0.1)
+    assert evaluate("--unet", "ours=run", "--solver", "ddim", "--guidance", "3", "--seed", "5") == 0
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, unet=seppo.load_unet("run/checkpoint-10"), safety_checker=None)
+    pipe.scheduler = seppo.diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = evaluation.read_prompts("prompts.txt")
+    for i, (prompt, noise) in enumerate(zip(prompts, evaluation.start_noise(prompts, (4, 8, 8), seed=5))):
+        theirs = pipe(prompt, latents=noise[None], num_inference_steps=2, guidance_scale=3.0).images[0]
+        assert far(theirs, next(Path("out/pictures/ours").glob(f"{i:05d}-*.png"))) <= 1
+
+
+def far(image, path):
+    pixels = lambda image: torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).int()
+    return (pixels(image) - pixels(Image.open(path))).abs().max().item()
+
+
+def test_paper_protocol_is_a_loop_over_the_pipeline(pipeline, evaluate):
+    """One generator for all prompts, one picture at a time, PNDM: as the authors' script, prompt after prompt."""
+    assert evaluation.resolve(["--model", "x", "--protocol", "paper"]).sampler_steps == 50
+    assert evaluate("--protocol", "paper", "--sampler-steps", "4") == 0
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    for i, prompt in enumerate(evaluation.read_prompts("prompts.txt")):
+        theirs = pipe(prompt, generator=generator, num_inference_steps=4, guidance_scale=7.5).images[0]
+        assert far(theirs, next(Path("out/pictures/base").glob(f"{i:05d}-*.png"))) <= 1
+
+
+def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
+    other_unet("other", pipeline)
+    assert evaluate("--unet", "x=other", "--out", "straight") == 0
+    calls, sample = [], seppo.sample
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*args)
+    monkeypatch.setattr(seppo, "sample", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("--unet", "x=other")
+    next(Path("out/pictures/base").glob("00001-*.png")).unlink()  # its batch of three is made again, and no other
+    assert evaluate("--unet", "x=other") == 0 and len(calls) == 2 + 6
+    assert pictures() == pictures("straight") and Path("out/scores.jsonl").read_text() == Path("straight/scores.jsonl").read_text()
+    assert evaluate("--unet", "x=other", "--max-prompts", "3") == 0 and len(calls) == 8, "a subset needs no new picture"
+    other_unet("other", pipeline, 0.2)
+    assert evaluate("--unet", "x=other") == 0 and len(calls) == 11, "other weights under the same name need new pictures"
+    assert evaluate("--unet", "x=other", "--seed", "1") == 0 and len(calls) == 17
+
+
+def test_curves(tmp_path, capsys):
+    for run, reference in (("a", 1.0), ("b", None)):
+        Path(run).mkdir()
+        Path(run, "metrics.jsonl").write_text("".join(json.dumps({"update": i + 1} | dict.fromkeys(
+            ("reference_w", "policy_r", "reference_r", "sign_pos", "sign_neg", "sign_zero", "implicit_acc"), reference) | {"policy_w": i / 10}) + "\n" for i in range(30)))
+    assert evaluation.main(["--runs", "a", "b", "--out", "here"]) == 0
+    with Image.open("here/curves.png") as image:
+        assert image.width > 800
+    assert not Path("here/table.md").exists()
+    assert evaluation.main(["--runs", "nowhere", "--out", "here"]) == 2 and "--runs nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--scorers", "clip,beauty"], "beauty: there are pickscore"), (["--unet", "x=nowhere"], "--unet x=nowhere cannot be read"),
+    (["--unet", "a=bare", "a=bare"], "name of its own"), (["--unet", "base=bare"], "name of its own"), (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+    (["--prompts", "empty.txt"], "holds no prompt"), (["--prompts", "bad.json"], "--prompts bad.json cannot be read"),
+    (["--unet", "a=wide"], "another shape"), (["--model", "nowhere"], "--model nowhere"), (["--max-prompts", "0"], "--max-prompts must be positive"),
+    (["--protocol", "best"], "invalid choice"), (["--scorers", "mini"], "miniature only"), (["--prompts", "pickapic"], "--prompts pickapic cannot be read"),
+    (["--resolution", "100"], "multiple of 64")])
+def test_evaluation_refusals(evaluate, pipeline, argv, says, capsys):
+    Path("empty.txt").write_text("\n \n"), Path("bad.json").write_text("{"), other_unet("bare", pipeline)
+    seppo.load_mini("mini-untrained").save_pretrained("wide")
+    assert evaluate(*argv) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if "Loading" not in line]
+    assert len(err) == 1 and says in err[0] and err[0].startswith("eval.py:"), err
+    assert not Path("out/pictures").exists(), "it must be said before the work"
+
+
+def test_evaluation_without_a_run(capsys):
+    assert evaluation.main(["--device", "cpu"]) == 2 and "python seppo.py makes one" in capsys.readouterr().err
+
+
 # ---- Errors: one line, exit code 2 ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, says", [
@@ -768,8 +959,10 @@ def test_slow_the_readme_command_learns():
     """python seppo.py, from nothing: base model, alignment, picture, and a score well above the base's."""
     done = subprocess.run([sys.executable, str(HERE / "seppo.py")], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    before, before_error, after, after_error = map(float, re.search(r"Score (\S+) \+- (\S+) before, (\S+) \+- (\S+) after", done.stdout).groups())
-    assert after - before > 5 * math.hypot(before_error, after_error), done.stdout
+    scored = subprocess.run([sys.executable, str(HERE / "eval.py")], capture_output=True, text=True, timeout=600)
+    assert scored.returncode == 0, scored.stderr
+    before, before_error, after, after_error = map(float, re.search(r"base \| (\S+) ± (\S+).*?mini-seppo \| (\S+) ± (\S+)", scored.stdout, re.S).groups())
+    assert after - before > 5 * math.hypot(before_error, after_error), scored.stdout
     assert Path("runs/mini-seppo/samples/step-100.png").exists()
 
 
@@ -794,3 +987,17 @@ def test_slow_kills_change_nothing(pipeline, tmp_path):
     assert subprocess.run([*command, "--out", "run"], capture_output=True, timeout=600).returncode == 0
     assert kills >= 2 and same(weights("run/checkpoint-60/unet"), weights("straight/checkpoint-60/unet")), f"{kills} kills"
     assert [line["policy_w"] for line in metrics()] == [line["policy_w"] for line in metrics("straight")]
+
+
+@slow
+def test_slow_two_processes_give_the_same_table(pipeline, scorer_weights, evaluate):
+    """torchrun splits the batches over the processes: the same pictures, scores and table as one process."""
+    other_unet("bare", pipeline)
+    assert evaluate("--unet", "x=bare", "--out", "one") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "eval.py"), "--model", str(pipeline), "--prompts",
+               "prompts.txt", "--scorer-weights", str(scorer_weights), "--out", "two", *EVAL, "--unet", "x=bare"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert pictures("one") == pictures("two") and done.stdout.count("| base |") == 1
+    for name in ("table.md", "scores.jsonl"):
+        assert Path("one", name).read_text() == Path("two", name).read_text()
