@@ -375,8 +375,8 @@ def report(o, files, prompts, scores, missing):
             f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts where "
             "the model's picture scores above the base's, with its 95 % interval.",
             f"Model {o.model}; {o.resolution} pixels, {o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
-            f"batches of {o.batch_size}, seed {o.seed}, protocol {o.protocol}, no safety checker; HPSv2 resizes "
-            f"with{'out' * (o.protocol == 'paper')} antialiasing; " + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers")) + ".",
+            f"batches of {o.batch_size}, seed {o.seed}, protocol {o.protocol}, no safety checker; "
+            + f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; " * any("hps" in name for name in o.scorers) + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers")) + ".",
             *(f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items())]
     rows = ({"model": model, "index": i, "prompt": prompts[i], "file": str(files[model][i].relative_to(out))} | scores.get((model, i), {})
             for model in files for i in several)
@@ -386,7 +386,7 @@ def report(o, files, prompts, scores, missing):
             file.write_text(content, "utf-8")
     draw_grid(files, prompts, out / "grid.png")
 
-def draw_grid(files, prompts, path, rows=8, tile=192, head=28):
+def draw_grid(files, prompts, path, rows=6, tile=192, head=28):
     """grid.png: the first prompts down, with their captions, models across."""
     font, sheet = ImageFont.load_default(16), Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
     draw = ImageDraw.Draw(sheet)
