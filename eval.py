@@ -349,6 +349,7 @@ def progress(o, batches, prompts, what):
 def score_pictures(o, files, prompts, batches):
     """-> {(model, i): {scorer: score}} for this process's prompts, {scorer: why it is missing}. Scores are not kept for the
     next time: they take about a hundredth of what generating takes."""
+    torch.backends.cudnn.allow_tf32 = False  # which convolutions would use on a GPU: fp32 is meant
     scores, missing = {}, {}
     for name in o.scorers:
         try:
