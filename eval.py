@@ -58,7 +58,7 @@ def table(scores, paper=False):
                 rows[-1] += ["missing", ""]
                 continue
             rate, low, high = (100 * v for v in win_rate(x, base[name]))
-            rows[-1] += [f"{scale * x.mean():.{digits}f} ± {scale * x.std() / len(x) ** .5:.{digits}f}",
+            rows[-1] += [f"{scale * x.mean():.{digits}f}" + (f" ± {scale * x.std() / len(x) ** .5:.{digits}f}" if len(x) > 1 else ""),
                          "" if values is base else f"{rate:.1f} % [{low:.1f}, {high:.1f}]"]
     if paper and {*base} & {*PAPER}:
         rows.append(["*SePPO, the paper's own figures*"] + [cell for n in base for cell in (f"{PAPER.get(n, '')}", "")])
@@ -151,7 +151,9 @@ class ImageReward(Scorer):
         return (self.head(read[:, 0]).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
 
 def part(state, prefix):
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    need(found, f"there are no weights {prefix}*")
+    return found
 
 def linear_chain(state):
     """Linear layers in a row, numbered with gaps where dropout was. Neither original has a non-linearity between them."""
@@ -202,26 +204,29 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
         return argparse.Namespace(score=lambda images, prompts: seppo.mini_score(pixels(images), prompts), score_tensors=seppo.mini_score)
     load = functools.partial(torch.load, map_location="cpu", weights_only=True)
     with reading(f"the weights of {SCORERS[name][0]}", "--scorer-weights takes a folder with the hub's files"):
+        pixels, tidy, head = functools.partial(crop_pixels, side=224), clean, None
         if name == "imagereward":
             text, weights = (place(folder, "zai-org/ImageReward", file) for file in ("med_config.json", "ImageReward.pt"))
-            return ImageReward(load(weights), json.loads(Path(text).read_text()), functools.partial(crop_pixels, side=224),
-                               transformers.BertTokenizer.from_pretrained(place(folder, BERT)), 35).to(device).eval()
-        home, head = place(folder, {"pickscore": "yuvalkirstain/PickScore_v1", "aesthetic": L14, "clip": L14}.get(name, H14)), None
-        if name.startswith("hpsv2"):  # the laion model with other weights, in fp16 and under open_clip's names
-            clip = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(home))
-            weights = load(place(folder, "xswu/HPSv2", f"HPS_{name[3:]}_compressed.pt"))["state_dict"]
-            clip.load_state_dict(from_open_clip(weights))
+            tokenizer = seppo.load_tokenizer(transformers.BertTokenizer, place(folder, BERT))
+            scorer = ImageReward(load(weights), json.loads(Path(text).read_text()), pixels, tokenizer, 35)
         else:
-            clip = transformers.CLIPModel.from_pretrained(home, dtype=torch.float32)
-        if name == "aesthetic":
-            head = linear_chain(part(load(place(folder, AESTHETIC, AESTHETIC_FILE)) if folder else torch.hub.load_state_dict_from_url(
-                f"https://github.com/{AESTHETIC}/raw/main/{AESTHETIC_FILE.replace('+', '%2B')}", map_location="cpu", weights_only=True,
-                file_name=AESTHETIC_FILE), "layers."))
-        side, length = clip.config.vision_config.image_size, clip.config.text_config.max_position_embeddings
-        pixels = functools.partial(pad_pixels, antialias=antialias) if name.startswith("hpsv2") else functools.partial(
-            crop_pixels, half=math.floor if name == "pickscore" else round)
-        return ClipScorer(clip, functools.partial(pixels, side=side), transformers.CLIPTokenizer.from_pretrained(home), length,
-                          str if name == "pickscore" else clean, head=head).to(device).eval()  # PickScore does not clean
+            home = place(folder, {"pickscore": "yuvalkirstain/PickScore_v1", "aesthetic": L14, "clip": L14}.get(name, H14))
+            if name.startswith("hpsv2"):  # the laion model with other weights, in fp16 and under open_clip's names
+                clip = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(home))
+                clip.load_state_dict(from_open_clip(load(place(folder, "xswu/HPSv2", f"HPS_{name[3:]}_compressed.pt"))["state_dict"]))
+                pixels = functools.partial(pad_pixels, side=224, antialias=antialias)
+            else:
+                clip = seppo.load_whole(transformers.CLIPModel, home, dtype=torch.float32)
+            if name == "pickscore":  # as transformers does it all
+                pixels, tidy = functools.partial(pixels, half=math.floor), str
+            if name == "aesthetic":
+                head = linear_chain(part(load(place(folder, AESTHETIC, AESTHETIC_FILE)) if folder else torch.hub.load_state_dict_from_url(
+                    f"https://github.com/{AESTHETIC}/raw/main/{AESTHETIC_FILE.replace('+', '%2B')}", map_location="cpu",
+                    weights_only=True, file_name=AESTHETIC_FILE), "layers."))
+            scorer = ClipScorer(clip, pixels, seppo.load_tokenizer(transformers.CLIPTokenizer, home), 77, tidy, head=head)
+        scorer = scorer.to(device).eval()
+        scorer.score([Image.new("RGB", (224, 224))], ["a"])  # what does not fit together is said now
+        return scorer
 
 # ---- The prompts and their noise ------------------------------------------------------------------------------------
 
@@ -237,7 +242,7 @@ def read_prompts(name):
             rows = [seppo.CAPTIONS[i % len(seppo.CAPTIONS)] for i in range(NAMED["mini"])]
         elif name == "pickapic":
             rows = pickapic_captions()
-        elif name == "parti":
+        elif name == "parti":  # `datasets` reads it so too
             rows = csv.DictReader(Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").splitlines(), delimiter="\t")
         elif name == "hpsv2":
             styles = (hub(HPD, f"benchmark/{style}.json") for style in ("anime", "concept-art", "paintings", "photo"))
@@ -246,9 +251,12 @@ def read_prompts(name):
             text = path.read_text("utf-8-sig")
             rows = json.loads(text) if path.suffix == ".json" else [
                 json.loads(line) if path.suffix == ".jsonl" else line for line in text.split("\n") if line.strip()]
-        rows = [row if isinstance(row, str) else next(row[k] for k in ("prompt", "Prompt", "caption", "text") if k in row) for row in rows]
-    need(any(map(str.strip, rows)), f"--prompts {name} holds no prompt")
-    return [row.strip() for row in rows if row.strip()]
+        need(not isinstance(rows, (dict, str)), f"--prompts {name} holds no list")
+        rows = [row if isinstance(row, str) else next(row[k] for k in ("prompt", "Prompt", "caption", "text") if row.get(k)) for row in rows]
+        prompts = [row.strip() for row in rows if row.encode().strip()]
+    need(prompts, f"--prompts {name} holds no prompt")
+    need(len(prompts) == NAMED.get(name, len(prompts)), f"--prompts {name}: {len(prompts)} prompts came, not {NAMED.get(name)}")
+    return prompts
 
 def pickapic_captions():
     """Pick-a-Pic's validation_unique, streamed: one column of one split, no pictures. The first of PICKAPIC may be gone."""
@@ -281,14 +289,19 @@ def find_unets(o):
     """--unet -> {name: folder or hub id}, the base (None) first. Of a run it is the last checkpoint."""
     specs, found = o.unet, {"base": None}
     if o.model == "mini" and not specs:
-        runs = [p for p in Path("runs").glob("*/config.json") if json.loads(p.read_text())["options"]["model"] == "mini"]
+        runs = []
+        for path in Path("runs").glob("*/config.json"):
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # whatever else lies there
+                runs += [path] * (json.loads(path.read_text())["options"]["model"] == "mini")
         need(runs, "runs/ holds no run of the miniature: python seppo.py makes one")
-        specs = [str(max(runs, key=lambda p: p.stat().st_mtime).parent)]
+        specs = [str(max(runs, key=lambda path: path.stat().st_mtime).parent)]
     for spec in specs or ():
-        name, equals, where = spec.partition("=")
-        name, where = (name, where) if equals and not Path(spec).exists() else (None, spec)
-        steps = [int(p.name[11:]) for p in Path(where).glob("checkpoint-*") if p.name[11:].isdigit()]
-        parts = [p for p in Path(where).parts if p != "unet"][-2:]
+        with reading(f"--unet {spec}", "it takes NAME=WHERE or WHERE"):
+            name, equals, where = spec.partition("=")
+            name, where = (name, where) if equals and not Path(spec).exists() else (None, spec)
+            need(where, f"--unet {spec} does not say where: NAME=WHERE")
+            steps = [int(p.name[11:]) for p in Path(where).glob("checkpoint-*") if p.name[11:].isdigit()]
+            parts = [p for p in Path(where).resolve().parts if p != "unet"][-2:]
         name = name or "-".join(parts[-2 if parts[-1].startswith("checkpoint-") else -1:])
         need(re.fullmatch(r"\w[\w.+-]*", name) and name not in found, f"--unet {spec} needs a name of its own: NAME={where}")
         found[name] = str(Path(where, f"checkpoint-{max(steps)}")) if steps else where
@@ -303,11 +316,14 @@ def load_checked(name, where, base):
     return unet
 
 def digest(*parts):
-    """A short hash of modules' weights, tensors, and whatever else prints alike when it is alike."""
+    """A short hash of modules (weights and configuration), tensors, and whatever else prints alike when it is alike."""
     h = hashlib.blake2b(digest_size=6)
     for item in parts:
-        for value in item.state_dict().values() if isinstance(item, torch.nn.Module) else [item]:
-            h.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy() if torch.is_tensor(value) else repr(value).encode())
+        if isinstance(item, torch.nn.Module):
+            config = item.config if isinstance(item.config, dict) else item.config.to_dict()
+            settings = sorted((k, v) for k, v in config.items() if k[0] != "_" and k != "transformers_version")
+            item = digest(settings, *item.state_dict().values())
+        h.update(item.cpu().contiguous().flatten().view(torch.uint8).numpy() if torch.is_tensor(item) else repr(item).encode())
     return h.hexdigest()
 
 @torch.no_grad()
@@ -319,7 +335,7 @@ def generate(o, unets, base, codec, prompts, batches):
     noises = start_noise(prompts, (codec.channels, side, side), o.seed, o.protocol, o.device, dtype)
     marks = digest(*(v for v in vars(codec).values() if isinstance(v, torch.nn.Module)),
                    sorted(item for item in codec.scheduler.config.items() if item[0][0] != "_"),  # those are in random order
-                   o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4])
+                   (o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4]))
     marks = {name: digest(load_checked(name, where, base) if where else base, marks) for name, where in unets.items()}  # all, at once
     null, files = codec.encode_text([""]), {}
     for name, where in unets.items():
@@ -330,6 +346,7 @@ def generate(o, unets, base, codec, prompts, batches):
         for part in progress(o, missing, prompts, f"{name}: pictures"):
             noise, context = torch.stack(noises[part]).to(o.device), codec.encode_text(prompts[part])
             latents = seppo.sample(unet, codec.scheduler, noise, context, null, o.solver, o.sampler_steps, o.guidance)
+            need(latents.isfinite().all(), f"{name} draws what is not finite: --dtype fp32 may help, or leave it out")
             pixels = ((codec.decode(latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, R, R, 3)
             with ThreadPoolExecutor() as pool:
                 list(pool.map(save_png, map(Image.fromarray, pixels), files[name][part]))
@@ -349,7 +366,6 @@ def progress(o, batches, prompts, what):
 def score_pictures(o, files, prompts, batches):
     """-> {(model, i): {scorer: score}} for this process's prompts, {scorer: why it is missing}. Scores are not kept for the
     next time: they take about a hundredth of what generating takes."""
-    torch.backends.cudnn.allow_tf32 = False  # which convolutions would use on a GPU: fp32 is meant
     scores, missing = {}, {}
     for name in o.scorers:
         try:
@@ -359,7 +375,7 @@ def score_pictures(o, files, prompts, batches):
             continue
         for model, paths in files.items():
             for part in progress(o, batches, prompts, f"{model}: {SCORERS[name][0]}"):
-                with ThreadPoolExecutor() as pool:
+                with ThreadPoolExecutor() as pool, reading(f"a picture in {Path(o.out, 'pictures', model)}", "delete it; it is made again"):
                     images = list(pool.map(lambda path: Image.open(path).convert("RGB"), paths[part]))
                 for i, score in zip(range(len(prompts))[part], scorer.score(images, prompts[part]).tolist()):
                     scores.setdefault((model, i), {})[name] = score
@@ -376,7 +392,7 @@ def report(o, files, prompts, scores, missing):
             f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts where "
             "the model's picture scores above the base's, with its 95 % interval.",
             f"Model {o.model}; {o.resolution} pixels, {o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
-            f"batches of {o.batch_size}, seed {o.seed}, protocol {o.protocol}, no safety checker; "
+            f"seed {o.seed}, protocol {o.protocol}, no safety checker; "
             + f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; " * any("hps" in name for name in o.scorers) + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers")) + ".",
             *(f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items())]
     rows = ({"model": model, "index": i, "prompt": prompts[i], "file": str(files[model][i].relative_to(out))} | scores.get((model, i), {})
@@ -392,7 +408,7 @@ def draw_grid(files, prompts, path, rows=6, tile=192, head=28):
     font, sheet = ImageFont.load_default(16), Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (model, paths) in enumerate(files.items(), 1):
-        draw.text((tile * (x + .5), head / 2), textwrap.shorten(model, 22, placeholder="..."), "black", font, "mm")
+        draw.text((tile * (x + .5), head / 2), model[:22], "black", font, "mm")
         for y, (file, prompt) in enumerate(zip(paths[:rows], prompts)):
             with Image.open(file) as image:
                 picture = image.resize((tile - 4, tile - 4), Image.NEAREST if image.width < tile else Image.LANCZOS)
@@ -412,6 +428,7 @@ def draw_curves(runs, path, window=10):
     for i, run in enumerate(runs):
         with reading(f"--runs {run}", "it takes the folders of runs"):
             lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+            need(lines, f"--runs {run} has logged nothing yet")
             updates = [line["update"] for line in lines]
             for axis, (title, keys) in zip(axes.flat, panels.items()):
                 axis.set(title=f"{title}, mean of {window} updates", xlabel="update")
@@ -462,20 +479,28 @@ def resolve(argv=None):
     o.scorers = [name.strip() for name in o.scorers.split(",")]
     unknown = {*o.scorers} - {*SCORERS}
     need(not unknown, f"--scorers {', '.join(unknown)}: there are {', '.join(SCORERS)}")
-    need("mini" not in o.scorers or o.model == "mini", "--scorers mini scores the miniature only")
-    o.rank, o.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    need("mini" not in o.scorers or (o.model, o.resolution) == ("mini", 16), "--scorers mini is for --model mini at 16 pixels")
+    weights = Path(o.scorer_weights or ".")
+    need(weights.is_dir(), f"--scorer-weights {weights} is no folder")
+    need(not o.scorer_weights or len(o.scorers) == 1 or not (weights / "config.json").exists(),
+         f"--scorer-weights {weights}: several scorers need a folder for each repository in it, OWNER/NAME or NAME")
+    with reading("torchrun's WORLD_SIZE and RANK", "start it with torchrun, or unset them"):
+        o.world = int(os.environ.get("WORLD_SIZE", 1))
+        o.rank = int(os.environ["RANK"]) if o.world > 1 else 0
+        if o.world > 1:  # a day, since another process may have far more left to do
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     o.curves_only = given.keys() - {"out"} == {"runs"}
     return o
 
 def evaluate(argv):
     o = resolve(argv)
-    Path(o.out).mkdir(parents=True, exist_ok=True)
+    with reading(f"--out {o.out}", "choose another"):
+        Path(o.out, "pictures").mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.allow_tf32 = False  # which convolutions would use on a GPU where fp32 is meant
     if o.runs and o.rank == 0:
         draw_curves(o.runs, Path(o.out, "curves.png"))
     if o.curves_only:
         return
-    if o.world > 1:  # a day: another process may have far more left to do
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     prompts = read_prompts(o.prompts)[:o.max_prompts]
     need("mini" not in o.scorers or {*prompts} <= {*seppo.CAPTIONS}, f"--prompts {o.prompts}: the miniature knows its own captions only")
     unets = find_unets(o)

@@ -290,9 +290,9 @@ class StableDiffusion:
     """What stands between pictures, captions and a Stable Diffusion UNet: VAE, CLIP text encoder, noise schedule."""
 
     def __init__(self, folder, device, dtype):
-        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        self.text = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype).to(device)
-        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False).to(device)
+        self.tokenizer = load_tokenizer(transformers.CLIPTokenizer, folder, subfolder="tokenizer")
+        self.text = load_whole(transformers.CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype).to(device)
+        self.vae = load_whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False).to(device)
         self.text.requires_grad_(False), self.vae.requires_grad_(False)
         self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
         self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -311,9 +311,21 @@ class StableDiffusion:
     def decode(self, latents):  # back, clamped to [-1, 1]
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
+def load_whole(kind, *args, **options):
+    """kind.from_pretrained, which of itself leaves weights that a file lacks at random, and says nothing."""
+    model, info = kind.from_pretrained(*args, output_loading_info=True, **options)
+    need(not info["missing_keys"], f"{args[0]} lacks weights of a {kind.__name__}: {', '.join(sorted(info['missing_keys'])[:2])}, ...")
+    return model
+
+def load_tokenizer(kind, *args, **options):
+    """kind.from_pretrained, which of itself makes an empty vocabulary out of a folder without one."""
+    tokenizer = kind.from_pretrained(*args, **options)
+    need(len(tokenizer) > 9, f"{args[0]} lacks the files of its tokenizer")
+    return tokenizer
+
 def load_unet(name):
     """A UNet as diffusers saves it, at NAME/unet or at NAME itself, in fp32 (the master weights)."""
-    load = functools.partial(UNet2DConditionModel.from_pretrained, name, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    load = functools.partial(load_whole, UNet2DConditionModel, name, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     try:
         return load(subfolder="unet")
     except OSError:
@@ -768,6 +780,7 @@ def check(o):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     multiple = 8 if o.model in MINI else 64
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
+    need(o.sampler_steps <= 1000, "--sampler-steps can be 1000 at most")
     need(re.fullmatch(r"cpu|cuda(:\d+)?", o.device), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
     need(o.device == "cpu" or int(o.device[5:] or 0) < torch.cuda.device_count(), f"--device {o.device}: torch finds no such GPU here; "
          "--device cpu works")

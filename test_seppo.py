@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ import transformers
 from diffusers import (AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline,
                        UNet2DConditionModel)
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import eval as evaluation
@@ -532,6 +534,7 @@ def test_prompts_of_every_form(tmp_path, monkeypatch, capsys):
     assert len(evaluation.read_prompts("mini")) == 480
     write_parquet(tmp_path / "set/data/validation_unique-00000-of-00001-c2396290184ff49d.parquet", pickapic_rows(6))
     write_parquet(tmp_path / "set/data/train-00000-of-00001-1234567890abcdef.parquet", pickapic_rows(6, first=50))
+    [monkeypatch.setitem(evaluation.NAMED, name, n) for name, n in {"pickapic": 6, "parti": 2, "hpsv2": 4}.items()]
     monkeypatch.setattr(evaluation, "PICKAPIC", (str(tmp_path / "gone"), str(tmp_path / "set")))
     assert evaluation.read_prompts("pickapic") == [f"picture {i}" for i in range(6)] and "set" in capsys.readouterr().out
     hub = {"PartiPrompts.tsv": 'Prompt\tCategory\n"two cats"\tA\na 3" nail\tB\n'} | {
@@ -761,7 +764,8 @@ def pictures(folder="out"):
 
 def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     other_unet("run/checkpoint-2/unet", pipeline, 0.05), other_unet("run/checkpoint-10/unet", pipeline, 0.1), other_unet("bare", pipeline, 0.2)
-    assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare", "--scorers", "clip,pickscore,aesthetic", "--scorer-weights", "nowhere") == 0
+    Path("empty").mkdir()
+    assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare", "--scorers", "clip,pickscore,aesthetic", "--scorer-weights", "empty") == 0
     said = capsys.readouterr().out
     assert said.count("missing") > 3 and "CLIPScore is missing" in said
     assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare") == 0
@@ -773,12 +777,17 @@ def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     for model in models[1:]:  # the table says what the scores say
         both = [torch.tensor([row["clip"] for row in rows if row["model"] == m], dtype=torch.float64) for m in ("base", model)]
         assert f"| {model} | {100 * both[1].mean():.2f} ± {100 * both[1].std() / 7 ** .5:.2f} | {100 * (both[1] > both[0]).double().mean():.1f} %" in said
-    scorer = evaluation.load_scorer("aesthetic", scorer_weights)
+    scorers = {name: evaluation.load_scorer(name, scorer_weights) for name in ("aesthetic", "clip")}
     for row in rows[::5]:
-        with Image.open(Path("out", row["file"])) as image:
-            assert scorer.score([image], [row["prompt"]]).item() == pytest.approx(row["aesthetic"], abs=1e-5)
+        assert row["prompt"] == f"picture {row['index']}" and f"{row['index']:05d}-" in row["file"] and row["model"] in row["file"]
+        for name, scorer in scorers.items():
+            with Image.open(Path("out", row["file"])) as image:
+                assert scorer.score([image], [row["prompt"]]).item() == pytest.approx(row[name], abs=1e-5)
+    assert "paper's own" not in said
     with Image.open("out/grid.png") as grid:
         assert grid.width == 5 * 192 and grid.height > 6 * 192
+        assert grid.crop((2 * 192 + 2, 28 + 5 * 192 + 2, 3 * 192 - 2, 28 + 6 * 192 - 2)).tobytes() == Image.open(
+            Path("out", rows[5 + 7]["file"])).resize((188, 188), Image.NEAREST).tobytes(), "row 6, second model"
     assert len({picture for picture in pictures().values()}) == 28, "every model's picture of every prompt is its own"
 
 
@@ -833,14 +842,120 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
     assert evaluate("--unet", "x=other", "--seed", "1") == 0 and len(calls) == 17
 
 
-def test_curves(tmp_path, capsys):
+def test_whatever_changes_a_picture_changes_its_name(pipeline, scorer_weights, evaluate, monkeypatch):
+    calls, sample = [], seppo.sample
+    monkeypatch.setattr(seppo, "sample", lambda *args: calls.append(1) or sample(*args))
+    def is_new(*argv):
+        before = len(calls)
+        assert evaluate("--max-prompts", "1", "--scorers", "aesthetic", *argv) == 0
+        return len(calls) > before
+    assert is_new() and not is_new()
+    for argv in (["--guidance", "3"], ["--solver", "ddim"], ["--sampler-steps", "3"], ["--dtype", "bf16"], ["--guidance", "17.5"],
+                 ["--sampler-steps", "21"], ["--protocol", "paper", "--sampler-steps", "1"]):
+        assert is_new(*argv) and not is_new(*argv), argv
+    Path("one.txt").write_text("another prompt")
+    assert is_new("--protocol", "paper", "--sampler-steps", "1", "--prompts", "one.txt")
+    for part, change in (("vae", {"scaling_factor": 1.0}), ("scheduler", {"beta_end": 0.02}), ("unet", {"attention_head_dim": 2})):
+        shutil.copytree(pipeline, part)
+        config = Path(part, part, "scheduler_config.json" if part == "scheduler" else "config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        assert is_new("--model", part), part
+    for part, file in (("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        shutil.copytree(pipeline, f"w-{part}")
+        path = Path(f"w-{part}", part, f"{file}.safetensors")
+        state = load_file(path)
+        next(t for t in state.values() if t.is_floating_point()).view(-1)[0] += 1
+        save_file(state, path, {"format": "pt"})
+        assert is_new("--model", f"w-{part}"), part
+
+
+def test_protocols_options_and_papers_row(pipeline, scorer_weights, evaluate, monkeypatch, capsys):
+    asked, load = [], evaluation.load_scorer
+    monkeypatch.setattr(evaluation, "load_scorer", lambda name, *args, **options: asked.append(options.get("antialias")) or load(name, *args, **options))
+    monkeypatch.setattr(evaluation, "pickapic_captions", lambda: ["a", "b"])
+    monkeypatch.setitem(evaluation.NAMED, "pickapic", 2)
+    quick = ("--scorers", "hpsv2", "--max-prompts")
+    assert evaluate("--prompts", "pickapic", *quick, "2") == 0 and "paper's own figures* | 27.2 " in capsys.readouterr().out
+    assert evaluate("--protocol", "paper", "--sampler-steps", "1", "--prompts", "pickapic", *quick, "1") == 0
+    said = capsys.readouterr().out
+    assert asked == [True, False] and "paper's own" not in said and "without antialiasing" in said
+    o = evaluation.resolve(["--model", "x", "--protocol", "paper"])
+    assert (o.solver, o.sampler_steps, o.guidance, o.resolution, o.seed) == ("pndm", 50, 7.5, 512, 0)
+    o = evaluation.resolve([])
+    assert (o.model, o.prompts, o.scorers, o.sampler_steps, o.guidance) == ("mini", "mini", ["mini"], 8, 1.0)
+    assert evaluation.load_scorer("pickscore", scorer_weights).tidy is str and evaluation.load_scorer("clip", scorer_weights).tidy is evaluation.clean
+
+
+def test_the_last_run_of_the_miniature_is_found():
+    for i, (name, model) in enumerate((("new", "mini"), ("old", "mini"), ("other", "x"), ("odd", None))):
+        Path("runs", name, "checkpoint-100").mkdir(parents=True), Path("runs", name, "checkpoint-20").mkdir()
+        Path("runs", name, "config.json").write_text(json.dumps({"options": {"model": model}}) if model else "{")
+        os.utime(Path("runs", name, "config.json"), (1000 - i * (name == "old"), 1000 - i * (name == "old")))
+    os.utime("runs/other/config.json", (2000, 2000))
+    o = evaluation.resolve(["--device", "cpu"])
+    assert evaluation.find_unets(o) == {"base": None, "new": "runs/new/checkpoint-100"}
+    o.unet = ["runs/old", "b=runs/old/checkpoint-20", "runs/old/checkpoint-20/unet"]
+    assert list(evaluation.find_unets(o).items())[1:] == [
+        ("old", "runs/old/checkpoint-100"), ("b", "runs/old/checkpoint-20"), ("old-checkpoint-20", "runs/old/checkpoint-20/unet")]
+
+
+def test_broken_scorer_files_are_missing(scorer_weights, tmp_path):
+    """What does not fit together is said: never a score from random weights or an empty vocabulary."""
+    def broken(name, change):
+        folder = Path(str(len([*Path().iterdir()])))
+        shutil.copytree(scorer_weights, folder)
+        change(folder)
+        with pytest.raises(seppo.UserError):
+            evaluation.load_scorer(name, folder)
+    def drop_weight(path):
+        save_file({k: v for k, v in load_file(path).items() if "visual_projection" not in k}, path)
+    broken("clip", lambda f: drop_weight(f / evaluation.L14 / "model.safetensors"))
+    for name, repository in (("clip", evaluation.L14), ("hpsv2", evaluation.H14), ("imagereward", evaluation.BERT)):
+        broken(name, lambda f: [p.unlink() for p in (f / repository).iterdir() if p.name.startswith(("vocab", "merges", "token", "special"))])
+    head = Path(evaluation.AESTHETIC, evaluation.AESTHETIC_FILE)
+    broken("aesthetic", lambda f: torch.save({}, f / head))
+    broken("aesthetic", lambda f: torch.save(head_state(16), f / head))
+    broken("hpsv2", lambda f: (f / "xswu/HPSv2/HPS_v2_compressed.pt").write_bytes(b"torn"))
+    broken("imagereward", lambda f: torch.save(imagereward_state(64, 32, 1, 56, 99), f / "zai-org/ImageReward/ImageReward.pt"))
+
+
+def test_a_torn_picture_is_named(evaluate, capsys):
+    assert evaluate() == 0
+    next(Path("out/pictures/base").iterdir()).write_bytes(b"torn")
+    assert evaluate() == 2 and "a picture in out/pictures/base cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_processes_share_the_work(evaluate, monkeypatch):
+    """Two processes, one after the other here: each makes its own batches, and what they gathered makes the one table."""
+    assert evaluate("--out", "one") == 0
+    shares, gathered = [], []
+    def gather(into, mine):
+        shares.append(mine)
+        into[:] = shares if len(shares) == 2 else [mine, mine]
+    for name, stand_in in (("init_process_group", lambda *a, **k: None), ("all_gather_object", gather), ("destroy_process_group", lambda: None)):
+        monkeypatch.setattr(torch.distributed, name, stand_in)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert evaluate() == 0
+        assert len(pictures()) == (3 if rank == "1" else 7) and Path("out/table.md").exists() == (rank == "0")
+    assert Path("out/scores.jsonl").read_text() == Path("one/scores.jsonl").read_text()
+
+
+def test_curves(capsys, monkeypatch):
     for run, reference in (("a", 1.0), ("b", None)):
         Path(run).mkdir()
         Path(run, "metrics.jsonl").write_text("".join(json.dumps({"update": i + 1} | dict.fromkeys(
             ("reference_w", "policy_r", "reference_r", "sign_pos", "sign_neg", "sign_zero", "implicit_acc"), reference) | {"policy_w": i / 10}) + "\n" for i in range(30)))
+    from matplotlib.axes import Axes
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *args, **options: drawn.append((x, y, options["label"])) or plot(self, x, y, *args, **options))
     assert evaluation.main(["--runs", "a", "b", "--out", "here"]) == 0
     with Image.open("here/curves.png") as image:
         assert image.width > 800
+    first = next((x, y) for x, y, label in drawn if label == "a: policy_w")
+    assert first[0] == list(range(1, 31)) and first[1][0] == 0 and first[1][-1] == pytest.approx(2.45), "the mean of the last ten"
+    assert len(drawn) == 8 + 1, "SFT has no reference to draw"
     assert not Path("here/table.md").exists()
     assert evaluation.main(["--runs", "nowhere", "--out", "here"]) == 2 and "--runs nowhere" in capsys.readouterr().err
 
@@ -850,15 +965,25 @@ def test_curves(tmp_path, capsys):
     (["--unet", "a=bare", "a=bare"], "name of its own"), (["--unet", "base=bare"], "name of its own"), (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
     (["--prompts", "empty.txt"], "holds no prompt"), (["--prompts", "bad.json"], "--prompts bad.json cannot be read"),
     (["--unet", "a=wide"], "another shape"), (["--model", "nowhere"], "--model nowhere"), (["--max-prompts", "0"], "--max-prompts must be positive"),
-    (["--protocol", "best"], "invalid choice"), (["--scorers", "mini"], "miniature only"), (["--prompts", "pickapic"], "--prompts pickapic cannot be read"),
+    (["--protocol", "best"], "invalid choice"), (["--scorers", "mini"], "for --model mini"), (["--unet", "a="], "does not say where"), (["--unet", ""], "does not say where"),
+    (["--prompts", "object.json"], "holds no list"), (["--prompts", "null.jsonl"], "--prompts null.jsonl cannot be read"), (["--sampler-steps", "1001"], "1000 at most"),
+    (["--out", "empty.txt"], "--out empty.txt cannot be read"), (["--unet", "a=lacking"], "lacks weights"), (["--scorer-weights", "nowhere"], "is no folder"),
+    (["--scorer-weights", "flat"], "a folder for each repository"), (["--unet", "a=nan"], "not finite"), (["--prompts", "pickapic"], "--prompts pickapic cannot be read"),
     (["--resolution", "100"], "multiple of 64")])
 def test_evaluation_refusals(evaluate, pipeline, argv, says, capsys):
     Path("empty.txt").write_text("\n \n"), Path("bad.json").write_text("{"), other_unet("bare", pipeline)
-    seppo.load_mini("mini-untrained").save_pretrained("wide")
+    wide = seppo.load_unet("bare").config | {"cross_attention_dim": 32}
+    UNet2DConditionModel.from_config(wide).save_pretrained("wide")
+    Path("object.json").write_text('{"0": {"prompt": "a"}}'), Path("null.jsonl").write_text('{"prompt": null}')
+    Path("flat").mkdir(), Path("flat/config.json").write_text("{}")
+    for name, change in (("lacking", lambda state: state.pop("conv_in.weight")), ("nan", lambda state: state["conv_in.weight"].fill_(math.nan))):
+        shutil.copytree("bare", name)
+        state = load_file(Path(name, "diffusion_pytorch_model.safetensors"))
+        change(state), save_file(state, Path(name, "diffusion_pytorch_model.safetensors"))
     assert evaluate(*argv) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if "Loading" not in line]
+    err = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "pictures:" not in line]
     assert len(err) == 1 and says in err[0] and err[0].startswith("eval.py:"), err
-    assert not Path("out/pictures").exists(), "it must be said before the work"
+    assert says == "not finite" or not [*Path().rglob("*.png")], "it must be said before the work"
 
 
 def test_evaluation_without_a_run(capsys):
