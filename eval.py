@@ -220,9 +220,10 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
             if name == "pickscore":  # as transformers does it all
                 pixels, tidy = functools.partial(pixels, half=math.floor), str
             if name == "aesthetic":
-                head = linear_chain(part(load(place(folder, AESTHETIC, AESTHETIC_FILE)) if folder else torch.hub.load_state_dict_from_url(
-                    f"https://github.com/{AESTHETIC}/raw/main/{AESTHETIC_FILE.replace('+', '%2B')}", map_location="cpu",
-                    weights_only=True, file_name=AESTHETIC_FILE), "layers."))
+                url = f"https://github.com/{AESTHETIC}/raw/main/{AESTHETIC_FILE.replace('+', '%2B')}"
+                with contextlib.redirect_stdout(sys.stderr):
+                    head = linear_chain(part(load(place(folder, AESTHETIC, AESTHETIC_FILE)) if folder else torch.hub.load_state_dict_from_url(
+                        url, map_location="cpu", weights_only=True, file_name=AESTHETIC_FILE, progress=False), "layers."))
             scorer = ClipScorer(clip, pixels, seppo.load_tokenizer(transformers.CLIPTokenizer, home), 77, tidy, head=head)
         scorer = scorer.to(device).eval()
         scorer.score([Image.new("RGB", (224, 224))], ["a"])  # what does not fit together is said now
@@ -259,13 +260,14 @@ def read_prompts(name):
     return prompts
 
 def pickapic_captions():
-    """Pick-a-Pic's validation_unique, streamed: one column of one split, no pictures. The first of PICKAPIC may be gone."""
-    from datasets import load_dataset
-    for repository in PICKAPIC:
+    """Pick-a-Pic's validation_unique, the file with this split only: it stays in the hub's cache."""
+    from pyarrow.parquet import read_table
+    for repository in PICKAPIC:  # the same captions in both; the first may be gone, the second has 171 MB of pictures beside them
         with contextlib.suppress(*(Exception,) * (repository != PICKAPIC[-1])):
-            rows = list(load_dataset(repository, split="validation_unique", streaming=True, columns=["caption"]))
+            home = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns="*/validation_unique-*.parquet")
+            captions = [c for file in sorted(Path(home).rglob("*.parquet")) for c in read_table(file, columns=["caption"])["caption"].to_pylist()]
             print(f"prompts: validation_unique of {repository}")
-            return rows
+            return captions
 
 def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=torch.float32):
     """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
@@ -358,7 +360,7 @@ def save_png(image, path):
 
 def progress(o, batches, prompts, what):
     """The batches, under a bar that counts pictures; of many processes only the first shows its own."""
-    with tqdm(total=sum(len(prompts[part]) for part in batches), desc=what, unit="picture", disable=o.rank > 0) as bar:
+    with tqdm(total=sum(len(prompts[part]) for part in batches), desc=what, unit="picture", disable=o.rank > 0 or not batches) as bar:
         for part in batches:
             yield part
             bar.update(len(prompts[part]))
@@ -369,6 +371,7 @@ def score_pictures(o, files, prompts, batches):
     scores, missing = {}, {}
     for name in o.scorers:
         try:
+            o.rank or print(f"loading {SCORERS[name][0]}")
             scorer = load_scorer(name, o.scorer_weights, o.device, antialias=o.protocol != "paper")
         except UserError as error:
             missing[name] = str(error)
@@ -501,7 +504,10 @@ def evaluate(argv):
         draw_curves(o.runs, Path(o.out, "curves.png"))
     if o.curves_only:
         return
-    prompts = read_prompts(o.prompts)[:o.max_prompts]
+    prompts = [read_prompts(o.prompts)[:o.max_prompts] if o.rank == 0 else None]
+    if o.world > 1:  # from one process, lest two find different copies of a data set
+        torch.distributed.broadcast_object_list(prompts)
+    prompts, = prompts
     need("mini" not in o.scorers or {*prompts} <= {*seppo.CAPTIONS}, f"--prompts {o.prompts}: the miniature knows its own captions only")
     unets = find_unets(o)
     base, codec = seppo.load_models(argparse.Namespace(model=o.model, unet=None, device=o.device, dtype=o.dtype))
@@ -516,6 +522,7 @@ def evaluate(argv):
         torch.distributed.destroy_process_group()
     if o.rank == 0:
         report(o, files, prompts, scores, missing)
+    need(len(missing) < len(o.scorers), "no scorer could be loaded")
 
 def main(argv=None):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do."""

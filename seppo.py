@@ -149,7 +149,11 @@ def reading(what, advice):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        cause = error.__cause__ if "root cause" in str(error) else error  # diffusers hides what the hub answered
+        chain = [error]
+        while following := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(following)  # diffusers and transformers hide what the hub answered
+        cause = next((e for e in chain if isinstance(e, huggingface_hub.errors.HfHubHTTPError)), error)
+        cause = error.__cause__ if cause is error and "root cause" in str(error) else cause
         reason = (" ".join(str(cause).split()) or type(cause).__name__)[:200]
         raise UserError(f"{what} cannot be read: {reason} ({advice})") from error
 

@@ -532,11 +532,17 @@ def test_prompts_of_every_form(tmp_path, monkeypatch, capsys):
         Path(name).write_text(text, "utf-8")
         assert evaluation.read_prompts(name) == expected, name
     assert len(evaluation.read_prompts("mini")) == 480
-    write_parquet(tmp_path / "set/data/validation_unique-00000-of-00001-c2396290184ff49d.parquet", pickapic_rows(6))
-    write_parquet(tmp_path / "set/data/train-00000-of-00001-1234567890abcdef.parquet", pickapic_rows(6, first=50))
+    asked = []
+    def snapshot_download(repository, repo_type, allow_patterns):
+        asked.append((repository, allow_patterns))
+        if repository != evaluation.PICKAPIC[1]:
+            raise OSError("gone")
+        write_parquet(tmp_path / "set/data/validation_unique-00000-of-00001-c2396290184ff49d.parquet", pickapic_rows(6))
+        return tmp_path / "set"
+    monkeypatch.setattr(evaluation.huggingface_hub, "snapshot_download", snapshot_download)
     [monkeypatch.setitem(evaluation.NAMED, name, n) for name, n in {"pickapic": 6, "parti": 2, "hpsv2": 4}.items()]
-    monkeypatch.setattr(evaluation, "PICKAPIC", (str(tmp_path / "gone"), str(tmp_path / "set")))
-    assert evaluation.read_prompts("pickapic") == [f"picture {i}" for i in range(6)] and "set" in capsys.readouterr().out
+    assert evaluation.read_prompts("pickapic") == [f"picture {i}" for i in range(6)] and "liuhuohuo2" in capsys.readouterr().out
+    assert asked == [(repository, "*/validation_unique-*.parquet") for repository in evaluation.PICKAPIC]
     hub = {"PartiPrompts.tsv": 'Prompt\tCategory\n"two cats"\tA\na 3" nail\tB\n'} | {
         f"benchmark/{style}.json": json.dumps([style]) for style in ("anime", "concept-art", "paintings", "photo")}
     monkeypatch.setattr(evaluation.huggingface_hub, "hf_hub_download", lambda repo, file, repo_type: (
@@ -765,9 +771,11 @@ def pictures(folder="out"):
 def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     other_unet("run/checkpoint-2/unet", pipeline, 0.05), other_unet("run/checkpoint-10/unet", pipeline, 0.1), other_unet("bare", pipeline, 0.2)
     Path("empty").mkdir()
-    assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare", "--scorers", "clip,pickscore,aesthetic", "--scorer-weights", "empty") == 0
+    assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare", "--scorers", "clip,pickscore,aesthetic", "--scorer-weights", "empty") == 2, "none"
     said = capsys.readouterr().out
     assert said.count("missing") > 3 and "CLIPScore is missing" in said
+    assert evaluate("--scorers", "clip,pickscore", "--scorer-weights", scorer_weights) == 0
+    assert evaluate("--scorers", "clip", "--scorer-weights", "empty") == 2 and "no scorer could be loaded" in capsys.readouterr().err
     assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare") == 0
     said = capsys.readouterr().out
     assert Path("out/table.md").read_text() in said + "\n" and "no safety checker" in said
@@ -932,7 +940,8 @@ def test_processes_share_the_work(evaluate, monkeypatch):
     def gather(into, mine):
         shares.append(mine)
         into[:] = shares if len(shares) == 2 else [mine, mine]
-    for name, stand_in in (("init_process_group", lambda *a, **k: None), ("all_gather_object", gather), ("destroy_process_group", lambda: None)):
+    for name, stand_in in (("init_process_group", lambda *a, **k: None), ("all_gather_object", gather), ("destroy_process_group", lambda: None),
+                           ("broadcast_object_list", lambda box: box.__setitem__(0, evaluation.read_prompts("prompts.txt")))):
         monkeypatch.setattr(torch.distributed, name, stand_in)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
