@@ -244,7 +244,7 @@ def read_prompts(name):
         elif name == "pickapic":
             rows = pickapic_captions()
         elif name == "parti":  # `datasets` reads it so too
-            rows = csv.DictReader(Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").splitlines(), delimiter="\t")
+            rows = csv.DictReader(Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").split("\n"), delimiter="\t")
         elif name == "hpsv2":
             styles = (hub(HPD, f"benchmark/{style}.json") for style in ("anime", "concept-art", "paintings", "photo"))
             rows = [prompt for style in styles for prompt in json.loads(Path(style).read_text("utf-8"))]
