@@ -9,9 +9,9 @@
 A prompt's noise has a seed of its own, the same for every model and in every list of prompts, so comparisons are paired.
 `--protocol paper` does as SePPO's authors did. There is no safety checker: it would blacken pictures and poison the means.
 """
-import argparse, contextlib, csv, datetime, functools, hashlib, html, json, math, os, re, sys, textwrap, unicodedata
+import argparse, contextlib, csv, datetime, functools, hashlib, html, itertools, json, math, multiprocessing, os, re, sys, textwrap, unicodedata
 from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 
@@ -445,6 +445,144 @@ def draw_curves(runs, path, window=10):
         figure.savefig(file, format="png", dpi=110)
     print(f"curves: {path}")
 
+# ---- The study ------------------------------------------------------------------------------------------------------
+# The paper's comparisons on the miniature, with what the paper lacks: one budget for all, each method at its own learning
+# rate and beta (one grid, on seeds of its own), and intervals over other seeds. A cell is an ordinary run of seppo.py.
+
+VARIANTS = {name: ["--method", name] for name in seppo.METHODS} | {  # the presets, and single switches from seppo
+    "random, no flip": ["--flip", "none"], "latest, sign": ["--reference", "latest"], "initial, sign": ["--reference", "initial"]}
+STUDIES = {"full": dict(lr=(1e-4, 3e-4, 9e-4), beta=(1, 5, 25, 125, 625), tuning=(0, 1), seeds=range(10, 18)),
+           "small": dict(lr=(1e-4, 9e-4), beta=(5, 125), tuning=(0,), seeds=range(10, 13))}
+T95 = {2: 12.706, 3: 4.303, 8: 2.365}  # Student's t, by the number of seeds
+
+@torch.no_grad()
+def mini_pictures(unet, captions, noise):
+    codec = seppo.Miniature("cpu")
+    return codec.decode(seppo.sample(unet, codec.scheduler, noise, codec.encode_text(captions), codec.encode_text([""]), "dpm++", 8, 1.0))
+
+def mini_mean(unet):
+    """The mean score of a UNet's pictures for `mini`'s prompts."""
+    prompts = read_prompts("mini")
+    return seppo.mini_score(mini_pictures(unet, prompts, torch.stack(start_noise(prompts, (12, 8, 8)))), prompts).mean().item()
+
+@torch.no_grad()
+def anchor_truth(run, n=256, many=16):
+    """What the anchor's sign is worth, where the truth is known: over all pairs of a run's checkpoints, the later one as policy,
+    the earlier one as reference, on n winners each. -> counts of "says": the sign is -1, take x^r for a winner; "better": x^r
+    scores above what the policy draws from the same noise; "both"; "all"; says_many and both_many, as if the anchor's two errors
+    were means over many draws of (t, eps) instead of one."""
+    captions, winners, _ = zip(*seppo.open_mini("mini")[2](0, 0, n))
+    codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
+    chance = [seppo.draws(f"truth {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
+    for step in sorted(int(p.name[11:]) for p in run.glob("checkpoint-*")):
+        unet, context = seppo.load_unet(run / f"checkpoint-{step}"), codec.encode_text(captions)
+        errors.append(torch.stack([seppo.denoising_error(unet, codec.scheduler, x, eps, t, context) for t, _, eps, *_ in chance]))
+        scores.append(seppo.mini_score(mini_pictures(unet, captions, chance[0][-1]), captions))
+    pairs = [(reference, policy) for policy in range(len(scores)) for reference in range(policy)]
+    better = torch.cat([scores[r] > scores[p] for r, p in pairs])
+    says = torch.cat([errors[r][0] < errors[p][0] for r, p in pairs])
+    says_many = torch.cat([errors[r].mean(0) < errors[p].mean(0) for r, p in pairs])
+    counts = {"says": says, "better": better, "both": says & better, "says_many": says_many, "both_many": says_many & better}
+    return {name: mask.sum().item() for name, mask in counts.items()} | {"all": len(better)}
+
+def cell_folder(out, variant, lr, beta, seed):
+    return Path(out, "cells", re.sub(r"\W+", "-", variant) + f"-lr{lr:g}-beta{beta:g}-seed{seed}")
+
+def run_cell(out, variant, lr, beta, seed, keep=False):
+    """One cell -> {"score": the mean of 480 pictures (0, as plain grey, if the loss ceased to be finite), ...}; from the disk
+    if it was done before. keep: its final UNet stays, and the anchor's sign is held against the truth."""
+    run = cell_folder(out, variant, lr, beta, seed)
+    path = run.with_name(run.name + ".json")
+    argv = ["--lr", f"{lr:g}", *(["--beta", f"{beta:g}"] if beta else []), "--seed", f"{seed}", "--device", "cpu", "--out", str(run), *VARIANTS[variant]]
+    if not path.exists():
+        torch.set_num_threads(1)
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            code, o = seppo.main(argv), seppo.resolve(argv)
+        need(code == 0 or (run / "metrics.jsonl").exists(), f"a cell of the study failed: python seppo.py {' '.join(argv)}")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        cell = {"argv": argv, "score": 0.0 if code else mini_mean(seppo.load_unet(run / f"checkpoint-{o.steps}"))}
+        if o.loser == "generated":
+            cell |= {sign: [line[sign] for line in lines] for sign in ("sign_neg", "sign_zero", "sign_pos")}
+            cell |= anchor_truth(run) if keep and o.flip != "none" and code == 0 else {}
+        for old in (run / "resume", *run.glob("checkpoint-*")):  # hundreds of runs
+            if not keep or old.name != f"checkpoint-{o.steps}":
+                seppo.remove(old)
+        with whole(path) as file:
+            file.write_text(json.dumps(cell))
+    return json.loads(path.read_text())
+
+def run_cells(out, cells, keep, what):
+    """-> {cell: its result}, on all cores. What is done already is only read."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(run_cell, out, *cell, keep=keep) for cell in cells]
+        for _ in tqdm(as_completed(jobs), desc=what, total=len(jobs), unit="run"):
+            pass
+        return {cell: job.result() for cell, job in zip(cells, jobs)}
+
+def interval(values):
+    """Mean and half the 95 % interval (Student's t) of what the seeds gave."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), T95[len(values)] * values.std().item() / len(values) ** .5
+
+def study(o):
+    """study.md: the comparison; heat.png: every method over the grid; strip.png: samples at equal noise."""
+    plan, out = argparse.Namespace(**STUDIES[o.study]), Path(o.out)
+    base = seppo.load_mini("mini")  # trained here, once, before many processes need it
+    grids = {v: list(itertools.product(plan.lr, plan.beta if v != "sft" else (0,))) for v in VARIANTS}  # SFT has no beta
+    tuning = run_cells(out, [(v, *at, seed) for v in VARIANTS for at in grids[v] for seed in plan.tuning], False, "tuning")
+    mean = {(v, *at): sum(tuning[v, *at, seed]["score"] for seed in plan.tuning) / len(plan.tuning) for v in VARIANTS for at in grids[v]}
+    best = {v: max(grids[v], key=lambda at: mean[v, *at]) for v in VARIANTS}
+    final = run_cells(out, [(v, *best[v], seed) for v in VARIANTS for seed in plan.seeds], True, "comparison")
+    at_base, cells = mini_mean(base), {v: [final[v, *best[v], seed] for seed in plan.seeds] for v in VARIANTS}
+    heads = ("method", "lr", "beta", "score", "minus sft", "grid cells below the base", "sign -1, first half → second", "-1: precision, recall",
+             "the same, 16 draws", "x^r better", "needs no x^r")
+    rows = [heads, ["---"] * len(heads)]
+    for v, runs in cells.items():
+        score, gain = interval([run["score"] for run in runs]), interval([a["score"] - b["score"] for a, b in zip(runs, cells["sft"])])
+        row = [v, f"{best[v][0]:g}", f"{best[v][1]:g}" if v != "sft" else "", f"{score[0]:.3f} ± {score[1]:.3f}", f"{gain[0]:+.3f} ± {gain[1]:.3f}" if v != "sft" else "",
+               f"{sum(mean[v, *at] < at_base for at in grids[v])} of {len(grids[v])}"]
+        if "all" in runs[0]:
+            share = lambda key, part=slice(None): sum(sum(run[key][part]) / len(run[key][part]) for run in runs) / len(runs)
+            count = {key: sum(run[key] for run in runs) for key in ("says", "better", "both", "says_many", "both_many", "all")}
+            half, minus = len(runs[0]["sign_neg"]) // 2, "sign_neg" if v != "sspo" else "sign_zero"
+            row += [f"{share(minus, slice(half)):.0%} → {share(minus, slice(half, None)):.0%}", *(
+                f"{count[both] / max(1, count[says]):.0%}, {count[both] / max(1, count['better']):.0%}" for says, both in (("says", "both"), ("says_many", "both_many"))),
+                    f"{count['better'] / count['all']:.0%}", f"{1 - share('sign_pos'):.0%}" if v == "sspo" else ""]
+        rows.append(row + [""] * (len(heads) - len(row)))
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + (
+        f"\n\nThe miniature's base model: {at_base:.3f}. Score: mean over {len(plan.seeds)} seeds ({min(plan.seeds)} to {max(plan.seeds)}) of the mean of 480 pictures, "
+        f"with its 95 % interval (Student's t); minus sft: paired by seed. lr and beta: the best of the grid on seeds {', '.join(map(str, plan.tuning))}. "
+        f"{len(tuning) + len(final)} runs of 100 updates of 64 winners.")
+    print("\n" + text)
+    with whole(out / "study.md") as file:
+        file.write_text(text + "\n", "utf-8")
+    draw_heat(mean, grids, plan, at_base, out / "heat.png")
+    nets = {"base": base} | {v: seppo.load_unet(cell_folder(out, v, *best[v], plan.seeds[0]) / f"checkpoint-{seppo.MINI['mini']['steps']}") for v in ("sft", "spin", "seppo") if v in VARIANTS}
+    noise = torch.stack(start_noise(seppo.CAPTIONS[:12], (12, 8, 8)))
+    pictures = [((mini_pictures(net, seppo.CAPTIONS[:12], noise) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy() for net in nets.values()]
+    save_png(diffusers.utils.make_image_grid([Image.fromarray(p).resize((80, 80), Image.NEAREST) for row in pictures for p in row], len(nets), 12), out / "strip.png")
+    print(f"\nIn {out}: study.md, heat.png, strip.png ({', '.join(nets)}, seed {plan.seeds[0]}), cells/")
+
+def draw_heat(mean, grids, plan, at_base, path):
+    """heat.png: the mean score of every cell of the grid; white is the base, red below it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(3, 3, figsize=(11, 8), layout="constrained")
+    reach = max(abs(score - at_base) for score in mean.values())
+    for axis, (v, grid) in zip(axes.flat, grids.items()):
+        betas = sorted({beta for _, beta in grid})
+        values = [[mean[v, lr, beta] for lr in plan.lr] for beta in betas]
+        axis.imshow(values, cmap="RdBu", vmin=at_base - reach, vmax=at_base + reach, aspect="auto")
+        axis.set(title=v, xticks=range(len(plan.lr)), xticklabels=[f"{lr:g}" for lr in plan.lr], xlabel="lr", yticks=range(len(betas)),
+                 yticklabels=[f"{beta:g}" if beta else "" for beta in betas], ylabel="beta")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    figure.suptitle(f"mean score on the tuning seeds; the base model has {at_base:.2f}")
+    with whole(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 OPTIONS = (  # name, default (or a type where there is none), what it is, choices
@@ -464,6 +602,7 @@ OPTIONS = (  # name, default (or a type where there is none), what it is, choice
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
     ("dtype", str, "of the UNet, VAE and text encoder [fp16 on a GPU, fp32 on a CPU]", ("fp16", "bf16", "fp32")),
     ("out", str, "where the table and pictures go; pictures that are there are not made again [runs/eval-MODEL]"),
+    ("study", str, "compare all methods on the miniature, hours (full) or minutes (small); alone, it does nothing else", STUDIES),
     ("runs", list, "draw curves.png of what these runs logged; alone, it does nothing else"),
 )
 PRESETS = {"mini": dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16, batch_size=240),
@@ -477,7 +616,7 @@ def resolve(argv=None):
     if o.device in ("auto", "cuda"):
         o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or o.device == "cuda" else "cpu"
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
-    o.out = o.out or f"runs/eval-{Path(o.model).resolve().name}"
+    o.out = o.out or f"runs/study-{o.study}" * bool(o.study) or f"runs/eval-{Path(o.model).resolve().name}"
     seppo.check(o)
     o.scorers = [name.strip() for name in o.scorers.split(",")]
     unknown = {*o.scorers} - {*SCORERS}
@@ -502,6 +641,8 @@ def evaluate(argv):
     torch.backends.cudnn.allow_tf32 = False  # which convolutions would use on a GPU where fp32 is meant
     if o.runs and o.rank == 0:
         draw_curves(o.runs, Path(o.out, "curves.png"))
+    if o.study:
+        return study(o)
     if o.curves_only:
         return
     prompts = [read_prompts(o.prompts)[:o.max_prompts] if o.rank == 0 else None]

@@ -999,6 +999,50 @@ def test_evaluation_without_a_run(capsys):
     assert evaluation.main(["--device", "cpu"]) == 2 and "python seppo.py makes one" in capsys.readouterr().err
 
 
+# ---- The study ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_study(monkeypatch):
+    """The study's machinery at a size for tests: tiny runs in this process, a hardly trained base, two planted methods."""
+    for name, change in (("mini-untrained", dict(steps=20, save_every=20)), ("mini", dict(steps=2, save_every=1, batch_size=8, micro_batch=8, generate_batch=8))):
+        monkeypatch.setitem(seppo.MINI, name, seppo.MINI[name] | change)
+    monkeypatch.setattr(evaluation, "VARIANTS", {v: evaluation.VARIANTS[v] for v in ("sspo", "sft")} | {
+        "same as sft": ["--method", "sft"], "seppo": ["--lr", "1e-20"]})
+    monkeypatch.setattr(evaluation, "STUDIES", {"small": dict(lr=(1e-3,), beta=(5,), tuning=(0,), seeds=range(10, 12))})
+    monkeypatch.setitem(evaluation.NAMED, "mini", 32)
+    monkeypatch.setattr(evaluation, "anchor_truth", functools.partial(evaluation.anchor_truth, n=8, many=2))
+    monkeypatch.setattr(evaluation, "run_cells", lambda out, cells, keep, what: {cell: evaluation.run_cell(out, *cell, keep) for cell in cells})
+
+
+
+def test_the_study_is_honest(small_study, capsys, monkeypatch):
+    """A planted method that does nothing scores as the base does; one that is SFT under another name is no better than SFT."""
+    assert evaluation.main(["--study", "small", "--out", "study"]) == 0
+    rows = {cells[0]: cells for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in Path("study/study.md").read_text().splitlines() if line[:1] == "|")}
+    base = re.search(r"base model: (\S+)\.", Path("study/study.md").read_text()).group(1)
+    assert rows["same as sft"][4] == "+0.000 ± 0.000" and rows["sft"][4] == ""
+    assert rows["seppo"][3] == f"{base} ± 0.000", "at a learning rate of nothing"
+    assert rows["sspo"][3] != rows["sft"][3] and rows["sft"][6:] == [""] * 5 and rows["sspo"][-1].endswith("%")
+    for name in ("heat.png", "strip.png"):
+        with Image.open(Path("study", name)) as image:
+            assert image.width > 900
+    scores = {path.name: json.loads(path.read_text())["score"] for path in Path("study/cells").glob("*.json")}
+    assert len(scores) == 4 + 4 * 2 and not [*Path("study/cells").glob("*/resume")]
+    monkeypatch.setattr(seppo, "Trainer", lambda *args: pytest.fail("a cell that is done is not run again"))
+    assert evaluation.main(["--study", "small", "--out", "study"]) == 0
+
+
+def test_cells_repeat_to_the_bit(small_study):
+    cells = [evaluation.run_cells(out, [("seppo", 1e-3, 5, 10)], True, "")["seppo", 1e-3, 5, 10] for out in ("a", "b")]
+    for cell in cells:
+        cell.pop("argv")
+    assert cells[0] == cells[1] and 0 < cells[0]["all"] and cells[0]["both"] <= min(cells[0]["says"], cells[0]["better"])
+
+
+def test_interval_of_the_study():
+    assert evaluation.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3 ** .5))
+
+
 # ---- Errors: one line, exit code 2 ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, says", [
