@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 eval.py ...             # the prompts split over the GPUs: the same table
     python eval.py --runs runs/a runs/b                 # curves of what the runs logged
 
-A prompt's noise has a seed of its own, the same for every model and in every list of prompts, so comparisons are paired.
-`--protocol paper` does as SePPO's authors did. There is no safety checker: it would blacken pictures and poison the means.
+A prompt's noise has a seed of its own, the same for every model and in every list of prompts: a model is compared with the
+base picture by picture. `--protocol paper` evaluates as SePPO's authors did. There is no safety checker: it would blacken pictures and poison the means.
 """
 import argparse, contextlib, csv, datetime, functools, hashlib, html, itertools, json, math, multiprocessing, os, re, sys, textwrap, unicodedata
 from collections import Counter, OrderedDict
@@ -35,7 +35,7 @@ def win_rate(scores, base, z=1.959964):
     """Share of prompts where a picture scores above the base's, and its 95 % interval: (rate, low, high), all in [0, 1].
 
     scores, base: (N,) scores for the same prompts. A tie is half a win. The interval is Wilson's, which keeps its coverage
-    for few prompts and near 0 and 1, where rate +- 1.96 standard errors does not; ties make it wider than it need be.
+    for few prompts and near 0 and 1, where rate +- 1.96 standard errors does not; with ties it is conservative.
     """
     n, rate = len(scores), ((1 + torch.sign(scores - base)) / 2).double().mean().item()
     middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -48,7 +48,7 @@ def table(scores, paper=False):
     paper: whether the paper's own figures stand below, as its own.
     """
     base = next(iter(scores.values()))
-    rows = [["model"] + [cell for n in base for cell in (SCORERS[n][0] + (" x100" if SCORERS[n][1] == 100 else ""), "wins")]]
+    rows = [["model"] + [cell for n in base for cell in (SCORERS[n][0] + (" x100" if SCORERS[n][1] == 100 else ""), "wins vs base")]]
     rows.append(["---"] * len(rows[0]))
     for model, values in scores.items():
         rows.append([model])
@@ -139,7 +139,7 @@ class ImageReward(Scorer):
         patch, depth = vision["patch_embed.proj.weight"].shape[-1], sum(key.endswith("qkv.weight") for key in vision)
         self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
             hidden_size=width, intermediate_size=len(vision["blocks.0.mlp.fc1.bias"]), num_hidden_layers=depth, patch_size=patch,
-            num_attention_heads=16, image_size=math.isqrt(tokens - 1) * patch, layer_norm_eps=1e-6))  # the default, 1e-5, is BLIP's
+            num_attention_heads=16, image_size=math.isqrt(tokens - 1) * patch, layer_norm_eps=1e-6))  # timm's, as ImageReward has it; the default is 1e-5
         self.text = BlipTextModel(transformers.BlipTextConfig(**text | {"encoder_hidden_size": width}), add_pooling_layer=False)
         self.vision.load_state_dict(renamed(vision, IMAGEREWARD_KEYS))
         self.text.load_state_dict({k: v for k, v in part(state, "blip.text_encoder.").items() if "position_ids" not in k})
@@ -148,7 +148,7 @@ class ImageReward(Scorer):
     def score_tensors(self, pixels, input_ids, attention_mask):
         seen = self.vision(pixels).last_hidden_state  # (N, patches + 1, width)
         read = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=seen, is_decoder=False).last_hidden_state
-        return (self.head(read[:, 0]).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
+        return (self.head(read[:, 0]).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072  # standardised by its authors
 
 def part(state, prefix):
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
@@ -254,7 +254,8 @@ def read_prompts(name):
                 json.loads(line) if path.suffix == ".jsonl" else line for line in text.split("\n") if line.strip()]
         need(not isinstance(rows, (dict, str)), f"--prompts {name} holds no list")
         rows = [row if isinstance(row, str) else next(row[k] for k in ("prompt", "Prompt", "caption", "text") if row.get(k)) for row in rows]
-        prompts = [row.strip() for row in rows if row.encode().strip()]
+        prompts = [row.strip() for row in rows if row.strip()]
+        "".join(prompts).encode()  # no tokenizer takes half a surrogate pair
     need(prompts, f"--prompts {name} holds no prompt")
     need(len(prompts) == NAMED.get(name, len(prompts)), f"--prompts {name}: {len(prompts)} prompts came, not {NAMED.get(name)}")
     return prompts
@@ -273,8 +274,8 @@ def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=t
     """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
 
     paired: drawn from (seed, prompt, how often the prompt came before): the same for a prompt in any list of prompts.
-    paper: from one generator, in the device and dtype of the pipeline, prompt after prompt, as a loop over diffusers' pipeline
-    draws it; but before anything else (PNDM draws nothing more), so that neither resuming nor splitting changes it.
+    paper: from one generator, on the device and in the dtype of the pipeline, prompt after prompt, as a loop over diffusers'
+    pipeline draws it (PNDM draws nothing more). It is all drawn up front, so resuming or splitting changes nothing.
     """
     if protocol == "paper":
         g = torch.Generator(device).manual_seed(seed)
@@ -330,14 +331,14 @@ def digest(*parts):
 
 @torch.no_grad()
 def generate(o, unets, base, codec, prompts, batches):
-    """Make the pictures that are missing -> {model: their files}. A file's name has a hash of all that determines the picture
-    (weights, prompt, noise, settings): what changed is made anew, and what is there is as it would be made. The batches depend
-    on neither the processes nor what is there, since a picture's rounding depends on its batch."""
+    """Make the pictures that are missing -> {model: their files}. A file's name has a hash of weights, prompt, noise
+    and settings: what changed is made anew. A picture's rounding depends on its batch too, so the batches depend on neither the
+    processes nor what is there already."""
     base, side, dtype = base.cpu(), o.resolution // codec.factor, seppo.DTYPES[o.dtype][1]
     noises = start_noise(prompts, (codec.channels, side, side), o.seed, o.protocol, o.device, dtype)
     marks = digest(*(v for v in vars(codec).values() if isinstance(v, torch.nn.Module)),
                    sorted(item for item in codec.scheduler.config.items() if item[0][0] != "_"),  # those are in random order
-                   (o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4]))
+                   (o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4]))  # which kind of device, not which one
     marks = {name: digest(load_checked(name, where, base) if where else base, marks) for name, where in unets.items()}  # all, at once
     null, files = codec.encode_text([""]), {}
     for name, where in unets.items():
@@ -367,7 +368,7 @@ def progress(o, batches, prompts, what):
 
 def score_pictures(o, files, prompts, batches):
     """-> {(model, i): {scorer: score}} for this process's prompts, {scorer: why it is missing}. Scores are not kept for the
-    next time: they take about a hundredth of what generating takes."""
+    next time: generating takes far longer."""
     scores, missing = {}, {}
     for name in o.scorers:
         try:
@@ -391,12 +392,14 @@ def report(o, files, prompts, scores, missing):
     out, several = Path(o.out), range(len(prompts))
     columns = {model: {name: None if name in missing else torch.tensor([scores[model, i][name] for i in several], dtype=torch.float64)
                        for name in o.scorers} for model in files}
-    text = [table(columns, o.prompts == "pickapic" and len(prompts) == NAMED["pickapic"]),
-            f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts where "
-            "the model's picture scores above the base's, with its 95 % interval.",
+    rows = table(columns, o.prompts == "pickapic" and len(prompts) == NAMED["pickapic"])
+    text = [rows, f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts where "
+            "the model's picture scores above the base's, with its 95 % interval; x100: scores are multiplied.",
             f"Model {o.model}; {o.resolution} pixels, {o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
             f"seed {o.seed}, protocol {o.protocol}, no safety checker; "
             + f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; " * any("hps" in name for name in o.scorers) + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers")) + ".",
+            *["The paper's figures are of its own protocol (--protocol paper): another solver, another resize in HPSv2."] * (
+                "paper's own" in rows and o.protocol != "paper"),
             *(f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items())]
     rows = ({"model": model, "index": i, "prompt": prompts[i], "file": str(files[model][i].relative_to(out))} | scores.get((model, i), {})
             for model in files for i in several)
@@ -587,10 +590,10 @@ def draw_heat(mean, grids, plan, at_base, path):
 
 OPTIONS = (  # name, default (or a type where there is none), what it is, choices
     ("model", "mini", "the base: mini, a folder saved by diffusers, or a hub id"),
-    ("unet", list, "what stands beside it, as NAME=WHERE or WHERE: a run (its last checkpoint), a checkpoint, a UNet, a hub id"),
-    ("prompts", "pickapic", f"{', '.join(NAMED)}, or a file: text, JSONL, or JSON as the authors'"),
+    ("unet", list, "UNets to compare, as NAME=WHERE or WHERE: a run (its last checkpoint), a checkpoint, a UNet, a hub id"),
+    ("prompts", "pickapic", f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list"),
     ("max-prompts", int, "the first N prompts only"),
-    ("scorers", "pickscore,hpsv2,hpsv2.1,imagereward,aesthetic,clip", "with commas between; mini is one more"),
+    ("scorers", "pickscore,hpsv2,hpsv2.1,imagereward,aesthetic,clip", "comma-separated; for --model mini there is mini"),
     ("scorer-weights", str, "a folder with the hub's own files, instead of the hub"),
     ("protocol", "paired", "paired: a seed for each prompt; paper: one generator for all, PNDM, 50 steps, no antialiasing in HPSv2", ("paired", "paper")),
     ("solver", "dpm++", "a diffusers scheduler", seppo.SOLVERS),
@@ -602,15 +605,15 @@ OPTIONS = (  # name, default (or a type where there is none), what it is, choice
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
     ("dtype", str, "of the UNet, VAE and text encoder [fp16 on a GPU, fp32 on a CPU]", ("fp16", "bf16", "fp32")),
     ("out", str, "where the table and pictures go; pictures that are there are not made again [runs/eval-MODEL]"),
-    ("study", str, "compare all methods on the miniature, hours (full) or minutes (small); alone, it does nothing else", STUDIES),
-    ("runs", list, "draw curves.png of what these runs logged; alone, it does nothing else"),
+    ("study", str, "compare all methods on the miniature, hours (full) or minutes (small), and nothing else", STUDIES),
+    ("runs", list, "draw curves.png of what these runs logged; given alone, only that"),
 )
 PRESETS = {"mini": dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16, batch_size=240),
            "paper": dict(solver="pndm", sampler_steps=50)}
 
 def resolve(argv=None):
     """A command line -> all options, defaults filled in; of rank and world too. Raises UserError."""
-    given = seppo.parse(OPTIONS, argv, "Evaluate checkpoints of SePPO, or of anything with a Stable Diffusion UNet.")
+    given = seppo.parse(OPTIONS, argv, "Evaluate checkpoints. Defaults in brackets are for Stable Diffusion; --model mini has its own.")
     defaults = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
     o = argparse.Namespace(**defaults | PRESETS.get(given.get("model", "mini"), {}) | PRESETS.get(given.get("protocol"), {}) | given)
     if o.device in ("auto", "cuda"):
@@ -645,6 +648,8 @@ def evaluate(argv):
         return study(o)
     if o.curves_only:
         return
+    if o.model in seppo.MOVED and not Path(o.model).is_dir() and o.rank == 0:
+        print(f"{o.model} is gone from the hub: this takes its copy {seppo.MOVED[o.model]}")
     prompts = [read_prompts(o.prompts)[:o.max_prompts] if o.rank == 0 else None]
     if o.world > 1:  # from one process, lest two find different copies of a data set
         torch.distributed.broadcast_object_list(prompts)
