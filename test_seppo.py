@@ -776,8 +776,10 @@ def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     assert said.count("missing") > 3 and "CLIPScore is missing" in said
     assert evaluate("--scorers", "clip,pickscore", "--scorer-weights", scorer_weights) == 0
     assert evaluate("--scorers", "clip", "--scorer-weights", "empty") == 2 and "no scorer could be loaded" in capsys.readouterr().err
+    shutil.rmtree("out")
     assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare") == 0
-    said = capsys.readouterr().out
+    said, bars = capsys.readouterr()
+    assert "bare: pictures: 100%" in bars and "7/7" in bars and "picture/s" in bars
     assert Path("out/table.md").read_text() in said + "\n" and "no safety checker" in said
     rows = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
     models = ["base", "ours", "run-checkpoint-2", "bare"]
