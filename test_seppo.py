@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may look for a hub
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -27,6 +29,7 @@ import eval as evaluation
 import seppo
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # the nets are tiny: more threads wait for each other
 
 
 # ---- Small things in the real layouts -------------------------------------------------------------------------------
@@ -83,7 +86,6 @@ TINY = ["--resolution", "64", "--batch-size", "4", "--micro-batch", "2", "--gene
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # runs/ goes there
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def run(pipeline, data, *more):
