@@ -502,6 +502,9 @@ def test_table_from_known_scores():
         "| base | 21.00 ± 0.41 |  | missing |  |", "| ours | 21.25 ± 0.48 | 62.5 % [21.9, 90.8] | missing |  |",
         "| *SePPO, the paper's own figures* | 21.57 |  | 0.615 |  |"]
     assert "paper" not in evaluation.table({"base": base})
+    each = {name: torch.tensor([.272, .272]) for name in evaluation.SCORERS}
+    assert evaluation.table({"base": each}).splitlines()[-1].split(" | ")[1::2] == [
+        f"{value} ± {0:.{digits}f}" for value, digits in (("27.20", 2),) * 3 + (("0.272", 3),) * 2 + (("27.20", 2), ("0.272", 3))]
 
 
 @pytest.mark.parametrize("n, share, ties", [(20, .5, 0), (20, .9, 0), (100, .7, 0), (100, .98, 0), (500, .6, 0), (100, .6, .3)])
