@@ -7,9 +7,11 @@
     python eval.py --runs runs/a runs/b                 # curves of what the runs logged
 
 A prompt's noise has a seed of its own, the same for every model and in every list of prompts: a model is compared with the
-base picture by picture. `--protocol paper` evaluates as SePPO's authors did. There is no safety checker: it would blacken pictures and poison the means.
+base picture by picture. `--protocol paper` evaluates as SePPO's authors did. There is no safety checker: it would blacken
+pictures and poison the means.
 """
-import argparse, contextlib, csv, datetime, functools, hashlib, html, itertools, json, math, multiprocessing, os, re, sys, textwrap, unicodedata
+import argparse, contextlib, csv, datetime, functools, hashlib, html, itertools, json
+import math, multiprocessing, os, re, sys, textwrap, unicodedata
 from collections import Counter, OrderedDict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from importlib.metadata import version
@@ -139,7 +141,7 @@ class ImageReward(Scorer):
         patch, depth = vision["patch_embed.proj.weight"].shape[-1], sum(key.endswith("qkv.weight") for key in vision)
         self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
             hidden_size=width, intermediate_size=len(vision["blocks.0.mlp.fc1.bias"]), num_hidden_layers=depth, patch_size=patch,
-            num_attention_heads=16, image_size=math.isqrt(tokens - 1) * patch, layer_norm_eps=1e-6))  # timm's, as ImageReward has it; the default is 1e-5
+            num_attention_heads=16, image_size=math.isqrt(tokens - 1) * patch, layer_norm_eps=1e-6))  # timm's; the default is 1e-5
         self.text = BlipTextModel(transformers.BlipTextConfig(**text | {"encoder_hidden_size": width}), add_pooling_layer=False)
         self.vision.load_state_dict(renamed(vision, IMAGEREWARD_KEYS))
         self.text.load_state_dict({k: v for k, v in part(state, "blip.text_encoder.").items() if "position_ids" not in k})
@@ -221,9 +223,10 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
                 pixels, tidy = functools.partial(pixels, half=math.floor), str
             if name == "aesthetic":
                 url = f"https://github.com/{AESTHETIC}/raw/main/{AESTHETIC_FILE.replace('+', '%2B')}"
+                fetch = functools.partial(torch.hub.load_state_dict_from_url, map_location="cpu", weights_only=True, progress=False)
                 with contextlib.redirect_stdout(sys.stderr):
-                    head = linear_chain(part(load(place(folder, AESTHETIC, AESTHETIC_FILE)) if folder else torch.hub.load_state_dict_from_url(
-                        url, map_location="cpu", weights_only=True, file_name=AESTHETIC_FILE, progress=False), "layers."))
+                    state = load(place(folder, AESTHETIC, AESTHETIC_FILE)) if folder else fetch(url, file_name=AESTHETIC_FILE)
+                head = linear_chain(part(state, "layers."))
             scorer = ClipScorer(clip, pixels, seppo.load_tokenizer(transformers.CLIPTokenizer, home), 77, tidy, head=head)
         scorer = scorer.to(device).eval()
         scorer.score([Image.new("RGB", (224, 224))], ["a"])  # what does not fit together is said now
@@ -253,7 +256,8 @@ def read_prompts(name):
             rows = json.loads(text) if path.suffix == ".json" else [
                 json.loads(line) if path.suffix == ".jsonl" else line for line in text.split("\n") if line.strip()]
         need(not isinstance(rows, (dict, str)), f"--prompts {name} holds no list")
-        rows = [row if isinstance(row, str) else next(row[k] for k in ("prompt", "Prompt", "caption", "text") if row.get(k)) for row in rows]
+        keys = ("prompt", "Prompt", "caption", "text")
+        rows = [row if isinstance(row, str) else next(row[key] for key in keys if row.get(key)) for row in rows]
         prompts = [row.strip() for row in rows if row.strip()]
         "".join(prompts).encode()  # no tokenizer takes half a surrogate pair
     need(prompts, f"--prompts {name} holds no prompt")
@@ -266,9 +270,9 @@ def pickapic_captions():
     for repository in PICKAPIC:  # the same captions in both; the first may be gone, the second has 171 MB of pictures beside them
         with contextlib.suppress(*(Exception,) * (repository != PICKAPIC[-1])):
             home = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns="*/validation_unique-*.parquet")
-            captions = [c for file in sorted(Path(home).rglob("*.parquet")) for c in read_table(file, columns=["caption"])["caption"].to_pylist()]
+            tables = [read_table(file, columns=["caption"]) for file in sorted(Path(home).rglob("*.parquet"))]
             print(f"prompts: validation_unique of {repository}")
-            return captions
+            return [caption for table in tables for caption in table["caption"].to_pylist()]
 
 def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=torch.float32):
     """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
@@ -393,11 +397,12 @@ def report(o, files, prompts, scores, missing):
     columns = {model: {name: None if name in missing else torch.tensor([scores[model, i][name] for i in several], dtype=torch.float64)
                        for name in o.scorers} for model in files}
     rows = table(columns, o.prompts == "pickapic" and len(prompts) == NAMED["pickapic"])
-    text = [rows, f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts where "
-            "the model's picture scores above the base's, with its 95 % interval; x100: scores are multiplied.",
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
+    hps = f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; " * any("hps" in name for name in o.scorers)
+    text = [rows, f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts "
+            "where the model's picture scores above the base's, with its 95 % interval; x100: scores are multiplied.",
             f"Model {o.model}; {o.resolution} pixels, {o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
-            f"seed {o.seed}, protocol {o.protocol}, no safety checker; "
-            + f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; " * any("hps" in name for name in o.scorers) + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers")) + ".",
+            f"seed {o.seed}, protocol {o.protocol}, no safety checker; {hps}{versions}.",
             *["The paper's figures are of its own protocol (--protocol paper): another solver, another resize in HPSv2."] * (
                 "paper's own" in rows and o.protocol != "paper"),
             *(f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items())]
@@ -496,7 +501,8 @@ def run_cell(out, variant, lr, beta, seed, keep=False):
     if it was done before. keep: its final UNet stays, and the anchor's sign is held against the truth."""
     run = cell_folder(out, variant, lr, beta, seed)
     path = run.with_name(run.name + ".json")
-    argv = ["--lr", f"{lr:g}", *(["--beta", f"{beta:g}"] if beta else []), "--seed", f"{seed}", "--device", "cpu", "--out", str(run), *VARIANTS[variant]]
+    argv = ["--lr", f"{lr:g}", *(["--beta", f"{beta:g}"] if beta else []), "--seed", f"{seed}", "--device", "cpu", "--out", str(run)]
+    argv += VARIANTS[variant]
     if not path.exists():
         torch.set_num_threads(1)
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -527,6 +533,18 @@ def interval(values):
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), T95[len(values)] * values.std().item() / len(values) ** .5
 
+def anchor_cells(variant, runs):
+    """Of the runs that have an anchor: how often its sign is -1, and what that is worth."""
+    if "all" not in runs[0]:
+        return [""] * 5
+    share = lambda key, part=slice(None): sum(sum(run[key][part]) / len(run[key][part]) for run in runs) / len(runs)
+    count = {key: sum(run[key] for run in runs) for key in ("says", "better", "both", "says_many", "both_many", "all")}
+    half, minus = len(runs[0]["sign_neg"]) // 2, "sign_zero" if variant == "sspo" else "sign_neg"  # the indicator makes 0 of -1
+    worth = [f"{count[both] / max(1, count[says]):.0%}, {count[both] / max(1, count['better']):.0%}"
+             for says, both in (("says", "both"), ("says_many", "both_many"))]
+    return [f"{share(minus, slice(half)):.0%} → {share(minus, slice(half, None)):.0%}", *worth, f"{count['better'] / count['all']:.0%}",
+            f"{1 - share('sign_pos'):.0%}" if variant == "sspo" else ""]
+
 def study(o):
     """study.md: the comparison; heat.png: every method over the grid; strip.png: samples at equal noise."""
     plan, out = argparse.Namespace(**STUDIES[o.study]), Path(o.out)
@@ -537,33 +555,29 @@ def study(o):
     best = {v: max(grids[v], key=lambda at: mean[v, *at]) for v in VARIANTS}
     final = run_cells(out, [(v, *best[v], seed) for v in VARIANTS for seed in plan.seeds], True, "comparison")
     at_base, cells = mini_mean(base), {v: [final[v, *best[v], seed] for seed in plan.seeds] for v in VARIANTS}
-    heads = ("method", "lr", "beta", "score", "minus sft", "grid cells below the base", "sign -1, first half → second", "-1: precision, recall",
-             "the same, 16 draws", "x^r better", "needs no x^r")
+    heads = ("method", "lr", "beta", "score", "minus sft", "grid cells below the base", "sign -1, first half → second",
+             "-1: precision, recall", "the same, 16 draws", "x^r better", "needs no x^r")
     rows = [heads, ["---"] * len(heads)]
     for v, runs in cells.items():
         score, gain = interval([run["score"] for run in runs]), interval([a["score"] - b["score"] for a, b in zip(runs, cells["sft"])])
-        row = [v, f"{best[v][0]:g}", f"{best[v][1]:g}" if v != "sft" else "", f"{score[0]:.3f} ± {score[1]:.3f}", f"{gain[0]:+.3f} ± {gain[1]:.3f}" if v != "sft" else "",
-               f"{sum(mean[v, *at] < at_base for at in grids[v])} of {len(grids[v])}"]
-        if "all" in runs[0]:
-            share = lambda key, part=slice(None): sum(sum(run[key][part]) / len(run[key][part]) for run in runs) / len(runs)
-            count = {key: sum(run[key] for run in runs) for key in ("says", "better", "both", "says_many", "both_many", "all")}
-            half, minus = len(runs[0]["sign_neg"]) // 2, "sign_neg" if v != "sspo" else "sign_zero"
-            row += [f"{share(minus, slice(half)):.0%} → {share(minus, slice(half, None)):.0%}", *(
-                f"{count[both] / max(1, count[says]):.0%}, {count[both] / max(1, count['better']):.0%}" for says, both in (("says", "both"), ("says_many", "both_many"))),
-                    f"{count['better'] / count['all']:.0%}", f"{1 - share('sign_pos'):.0%}" if v == "sspo" else ""]
-        rows.append(row + [""] * (len(heads) - len(row)))
+        row = [v, f"{best[v][0]:g}", f"{best[v][1]:g}", f"{score[0]:.3f} ± {score[1]:.3f}", f"{gain[0]:+.3f} ± {gain[1]:.3f}",
+               f"{sum(mean[v, *at] < at_base for at in grids[v])} of {len(grids[v])}", *anchor_cells(v, runs)]
+        rows.append(row if v != "sft" else [*row[:2], "", row[3], "", *row[5:]])
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + (
-        f"\n\nThe miniature's base model: {at_base:.3f}. Score: mean over {len(plan.seeds)} seeds ({min(plan.seeds)} to {max(plan.seeds)}) of the mean of 480 pictures, "
-        f"with its 95 % interval (Student's t); minus sft: paired by seed. lr and beta: the best of the grid on seeds {', '.join(map(str, plan.tuning))}. "
-        f"{len(tuning) + len(final)} runs of 100 updates of 64 winners.")
+        f"\n\nThe miniature's base model: {at_base:.3f}. Score: mean over {len(plan.seeds)} seeds ({min(plan.seeds)} to {max(plan.seeds)}) of "
+        "the mean of 480 pictures, with its 95 % interval (Student's t); minus sft: paired by seed. lr and beta: the best of the grid on "
+        f"seeds {', '.join(map(str, plan.tuning))}. {len(tuning) + len(final)} runs of 100 updates of 64 winners.")
     print("\n" + text)
     with whole(out / "study.md") as file:
         file.write_text(text + "\n", "utf-8")
     draw_heat(mean, grids, plan, at_base, out / "heat.png")
-    nets = {"base": base} | {v: seppo.load_unet(cell_folder(out, v, *best[v], plan.seeds[0]) / f"checkpoint-{seppo.MINI['mini']['steps']}") for v in ("sft", "spin", "seppo") if v in VARIANTS}
-    noise = torch.stack(start_noise(seppo.CAPTIONS[:12], (12, 8, 8)))
-    pictures = [((mini_pictures(net, seppo.CAPTIONS[:12], noise) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy() for net in nets.values()]
-    save_png(diffusers.utils.make_image_grid([Image.fromarray(p).resize((80, 80), Image.NEAREST) for row in pictures for p in row], len(nets), 12), out / "strip.png")
+    last, captions = f"checkpoint-{seppo.MINI['mini']['steps']}", seppo.CAPTIONS[:12]
+    nets = {"base": base} | {v: seppo.load_unet(cell_folder(out, v, *best[v], plan.seeds[0]) / last)
+                             for v in ("sft", "spin", "seppo") if v in VARIANTS}
+    noise = torch.stack(start_noise(captions, (12, 8, 8)))
+    pictures = torch.cat([mini_pictures(net, captions, noise) for net in nets.values()])  # (nets x 12, 3, 16, 16)
+    tiles = [Image.fromarray(p).resize((80, 80), Image.NEAREST) for p in ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+    save_png(diffusers.utils.make_image_grid(tiles, len(nets), 12), out / "strip.png")
     print(f"\nIn {out}: study.md, heat.png, strip.png ({', '.join(nets)}, seed {plan.seeds[0]}), cells/")
 
 def draw_heat(mean, grids, plan, at_base, path):
@@ -595,7 +609,8 @@ OPTIONS = (  # name, default (or a type where there is none), what it is, choice
     ("max-prompts", int, "the first N prompts only"),
     ("scorers", "pickscore,hpsv2,hpsv2.1,imagereward,aesthetic,clip", "comma-separated; for --model mini there is mini"),
     ("scorer-weights", str, "a folder with the hub's own files, instead of the hub"),
-    ("protocol", "paired", "paired: a seed for each prompt; paper: one generator for all, PNDM, 50 steps, no antialiasing in HPSv2", ("paired", "paper")),
+    ("protocol", "paired", "paired: a seed for each prompt; paper: one generator, PNDM, 50 steps, no antialiasing in HPSv2",
+     ("paired", "paper")),
     ("solver", "dpm++", "a diffusers scheduler", seppo.SOLVERS),
     ("sampler-steps", 20, "its steps"),
     ("guidance", 7.5, "classifier-free guidance scale, 1 for none"),
