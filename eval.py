@@ -5,6 +5,7 @@
     python eval.py --model DIR --unet sft=runs/a seppo=runs/b dpo=mhdang/dpo-sd1.5-text2image-v1 --prompts prompts.txt
     torchrun --nproc-per-node 8 eval.py ...             # the prompts split over the GPUs: the same table
     python eval.py --runs runs/a runs/b                 # curves of what the runs logged
+    python eval.py --study full                         # all methods on the miniature, with intervals
 
 A prompt's noise has a seed of its own, the same for every model and in every list of prompts: a model is compared with the
 base picture by picture. `--protocol paper` evaluates as SePPO's authors did. There is no safety checker: it would blacken
@@ -428,12 +429,15 @@ def draw_grid(files, prompts, path, rows=6, tile=192, head=28):
             draw.multiline_text((8, head + tile * (y + .5)), caption, "black", font, "lm")
     save_png(sheet, path)
 
-def draw_curves(runs, path, window=10):
-    """curves.png: what the runs logged (metrics.jsonl), as means over the last `window` updates."""
-    import matplotlib
+def subplots(*args, **options):
+    import matplotlib  # only where something is drawn
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    return pyplot.subplots(*args, layout="constrained", **options)
+
+def draw_curves(runs, path, window=10):
+    """curves.png: what the runs logged (metrics.jsonl), as means over the last `window` updates."""
+    figure, axes = subplots(2, 2, figsize=(11, 7), sharex=True)
     panels = {"winner's error": ("policy_w", "reference_w"), "reference sample's error": ("policy_r", "reference_r"),
               "share of signs": ("sign_pos", "sign_neg", "sign_zero"), "implicit accuracy": ("implicit_acc",)}
     for i, run in enumerate(runs):
@@ -466,7 +470,8 @@ T95 = {2: 12.706, 3: 4.303, 8: 2.365}  # Student's t, by the number of seeds
 @torch.no_grad()
 def mini_pictures(unet, captions, noise):
     codec = seppo.Miniature("cpu")
-    return codec.decode(seppo.sample(unet, codec.scheduler, noise, codec.encode_text(captions), codec.encode_text([""]), "dpm++", 8, 1.0))
+    return codec.decode(seppo.sample(unet, codec.scheduler, noise, codec.encode_text(captions), codec.encode_text([""]), "dpm++",
+                                     seppo.SMALL["sampler_steps"], seppo.SMALL["guidance"]))
 
 def mini_mean(unet):
     """The mean score of a UNet's pictures for `mini`'s prompts."""
@@ -582,10 +587,7 @@ def study(o):
 
 def draw_heat(mean, grids, plan, at_base, path):
     """heat.png: the mean score of every cell of the grid; white is the base, red below it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(3, 3, figsize=(11, 8), layout="constrained")
+    figure, axes = subplots(3, 3, figsize=(11, 8))
     reach = max(abs(score - at_base) for score in mean.values())
     for axis, (v, grid) in zip(axes.flat, grids.items()):
         betas = sorted({beta for _, beta in grid})
@@ -620,7 +622,7 @@ OPTIONS = (  # name, default (or a type where there is none), what it is, choice
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
     ("dtype", str, "of the UNet, VAE and text encoder [fp16 on a GPU, fp32 on a CPU]", ("fp16", "bf16", "fp32")),
     ("out", str, "where the table and pictures go; pictures that are there are not made again [runs/eval-MODEL]"),
-    ("study", str, "compare all methods on the miniature, hours (full) or minutes (small), and nothing else", STUDIES),
+    ("study", str, "compare all methods on the miniature, 318 runs (full) or 35 (small), and do nothing else", STUDIES),
     ("runs", list, "draw curves.png of what these runs logged; given alone, only that"),
 )
 PRESETS = {"mini": dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16, batch_size=240),
