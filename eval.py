@@ -463,8 +463,8 @@ def draw_curves(runs, path, window=10):
 
 VARIANTS = {name: ["--method", name] for name in seppo.METHODS} | {  # the presets, and single switches from seppo
     "random, no flip": ["--flip", "none"], "latest, sign": ["--reference", "latest"], "initial, sign": ["--reference", "initial"]}
-STUDIES = {"full": dict(lr=(1e-4, 3e-4, 9e-4), beta=(1, 5, 25, 125, 625), tuning=(0, 1), seeds=range(10, 18)),
-           "small": dict(lr=(3e-4,), beta=(5, 125), tuning=(0,), seeds=range(10, 12))}
+STUDIES = {"full": dict(lr=(1e-5, 3e-5, 1e-4, 3e-4, 9e-4), beta=(5, 25, 125), tuning=(0, 1), seeds=range(10, 18)),
+           "small": dict(lr=(3e-5, 3e-4), beta=(5,), tuning=(0,), seeds=range(10, 12))}
 T95 = {2: 12.706, 3: 4.303, 8: 2.365}  # Student's t, by the number of seeds
 
 @torch.no_grad()
@@ -479,11 +479,11 @@ def mini_mean(unet):
     return seppo.mini_score(mini_pictures(unet, prompts, torch.stack(start_noise(prompts, (12, 8, 8)))), prompts).mean().item()
 
 @torch.no_grad()
-def anchor_truth(run, n=256, many=16):
-    """What the anchor's sign is worth, where the truth is known: over all pairs of a run's checkpoints, the later one as policy,
-    the earlier one as reference, on n winners each. -> counts of "says": the sign is -1, take x^r for a winner; "better": x^r
-    scores above what the policy draws from the same noise; "both"; "all"; says_many and both_many, as if the anchor's two errors
-    were means over many draws of (t, eps) instead of one."""
+def anchor_truth(run, rule, n=256, many=16):
+    """What the anchor's sign is worth, where the truth is known: over the pairs of a run's checkpoints, the later one as policy,
+    the earlier one as a reference that the rule allows, on n winners each. -> rates: "better": x^r scores above what the policy
+    draws from the same noise; of those where the sign is -1 ("take x^r for a winner") the "precision" and "recall" for that;
+    "precision_many", as if the anchor's two errors were means over many draws of (t, eps) instead of one."""
     captions, winners, _ = zip(*seppo.open_mini("mini")[2](0, 0, n))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
     chance = [seppo.draws(f"truth {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
@@ -491,12 +491,13 @@ def anchor_truth(run, n=256, many=16):
         unet, context = seppo.load_unet(run / f"checkpoint-{step}"), codec.encode_text(captions)
         errors.append(torch.stack([seppo.denoising_error(unet, codec.scheduler, x, eps, t, context) for t, _, eps, *_ in chance]))
         scores.append(seppo.mini_score(mini_pictures(unet, captions, chance[0][-1]), captions))
-    pairs = [(reference, policy) for policy in range(len(scores)) for reference in range(policy)]
+    pairs = [(r, p) for p in range(1, len(scores)) for r in {"random": range(p), "latest": [p - 1], "initial": [0]}[rule]]
     better = torch.cat([scores[r] > scores[p] for r, p in pairs])
-    says = torch.cat([errors[r][0] < errors[p][0] for r, p in pairs])
-    says_many = torch.cat([errors[r].mean(0) < errors[p].mean(0) for r, p in pairs])
-    counts = {"says": says, "better": better, "both": says & better, "says_many": says_many, "both_many": says_many & better}
-    return {name: mask.sum().item() for name, mask in counts.items()} | {"all": len(better)}
+    minus = torch.cat([errors[r][0] < errors[p][0] for r, p in pairs])
+    minus_many = torch.cat([errors[r].mean(0) < errors[p].mean(0) for r, p in pairs])
+    share = lambda mask, of: (mask & of).sum().item() / max(1, of.sum().item())
+    return {"better": better.float().mean().item(), "precision": share(better, minus), "recall": share(minus, better),
+            "precision_many": share(better, minus_many)}
 
 def cell_folder(out, variant, lr, beta, seed):
     return Path(out, "cells", re.sub(r"\W+", "-", variant) + f"-lr{lr:g}-beta{beta:g}-seed{seed}")
@@ -517,7 +518,7 @@ def run_cell(out, variant, lr, beta, seed, keep=False):
         cell = {"argv": argv, "score": 0.0 if code else mini_mean(seppo.load_unet(run / f"checkpoint-{o.steps}"))}
         if o.loser == "generated":
             cell |= {sign: [line[sign] for line in lines] for sign in ("sign_neg", "sign_zero", "sign_pos")}
-            cell |= anchor_truth(run) if keep and o.flip != "none" and code == 0 else {}
+            cell |= anchor_truth(run, o.reference) if keep and o.flip != "none" and code == 0 else {}
         for old in (run / "resume", *run.glob("checkpoint-*")):  # hundreds of runs
             if not keep or old.name != f"checkpoint-{o.steps}":
                 seppo.remove(old)
@@ -540,15 +541,12 @@ def interval(values):
 
 def anchor_cells(variant, runs):
     """Of the runs that have an anchor: how often its sign is -1, and what that is worth."""
-    if "all" not in runs[0]:
-        return [""] * 5
-    share = lambda key, part=slice(None): sum(sum(run[key][part]) / len(run[key][part]) for run in runs) / len(runs)
-    count = {key: sum(run[key] for run in runs) for key in ("says", "better", "both", "says_many", "both_many", "all")}
-    half, minus = len(runs[0]["sign_neg"]) // 2, "sign_zero" if variant == "sspo" else "sign_neg"  # the indicator makes 0 of -1
-    worth = [f"{count[both] / max(1, count[says]):.0%}, {count[both] / max(1, count['better']):.0%}"
-             for says, both in (("says", "both"), ("says_many", "both_many"))]
-    return [f"{share(minus, slice(half)):.0%} → {share(minus, slice(half, None)):.0%}", *worth, f"{count['better'] / count['all']:.0%}",
-            f"{1 - share('sign_pos'):.0%}" if variant == "sspo" else ""]
+    if "precision" not in runs[0]:
+        return [""] * 6
+    signs = [run["sign_zero" if variant == "sspo" else "sign_neg"] for run in runs]  # the indicator makes 0 of -1
+    halves = [[sum(half) / len(half) for half in (sign[:len(sign) // 2], sign[len(sign) // 2:])] for sign in signs]
+    rates = [*zip(*halves), *([run[key] for run in runs] for key in ("better", "precision", "recall", "precision_many"))]
+    return ["{:.0%} ± {:.0%}".format(*interval(rate)) for rate in rates]
 
 def study(o):
     """study.md: the comparison; heat.png: every method over the grid; strip.png: samples at equal noise."""
@@ -560,17 +558,18 @@ def study(o):
     best = {v: max(grids[v], key=lambda at: mean[v, *at]) for v in VARIANTS}
     final = run_cells(out, [(v, *best[v], seed) for v in VARIANTS for seed in plan.seeds], True, "comparison")
     at_base, cells = mini_mean(base), {v: [final[v, *best[v], seed] for seed in plan.seeds] for v in VARIANTS}
-    heads = ("method", "lr", "beta", "score", "minus sft", "grid cells below the base", "sign -1, first half → second",
-             "-1: precision, recall", "the same, 16 draws", "x^r better", "needs no x^r")
+    heads = ("method", "lr", "beta", "score", "minus sft", "minus seppo", "grid cells below the base", "sign -1: first half", "second half",
+             "x^r better", "precision of -1", "recall of -1", "precision, 16 draws")
     rows = [heads, ["---"] * len(heads)]
     for v, runs in cells.items():
-        score, gain = interval([run["score"] for run in runs]), interval([a["score"] - b["score"] for a, b in zip(runs, cells["sft"])])
-        row = [v, f"{best[v][0]:g}", f"{best[v][1]:g}", f"{score[0]:.3f} ± {score[1]:.3f}", f"{gain[0]:+.3f} ± {gain[1]:.3f}",
-               f"{sum(mean[v, *at] < at_base for at in grids[v])} of {len(grids[v])}", *anchor_cells(v, runs)]
-        rows.append(row if v != "sft" else [*row[:2], "", row[3], "", *row[5:]])
+        score = "{:.3f} ± {:.3f}".format(*interval([run["score"] for run in runs]))
+        minus = ["{:+.3f} ± {:.3f}".format(*interval([a["score"] - b["score"] for a, b in zip(runs, cells[other])])) if v != other else ""
+                 for other in ("sft", "seppo")]
+        rows.append([v, f"{best[v][0]:g}", f"{best[v][1]:g}" if v != "sft" else "", score, *minus,
+                     f"{sum(mean[v, *at] < at_base for at in grids[v])} of {len(grids[v])}", *anchor_cells(v, runs)])
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + (
         f"\n\nThe miniature's base model: {at_base:.3f}. Score: mean over {len(plan.seeds)} seeds ({min(plan.seeds)} to {max(plan.seeds)}) of "
-        "the mean of 480 pictures, with its 95 % interval (Student's t); minus sft: paired by seed. lr and beta: the best of the grid on "
+        "the mean of 480 pictures, with its 95 % interval (Student's t); differences: paired by seed. lr and beta: the best of the grid on "
         f"seeds {', '.join(map(str, plan.tuning))}. {len(tuning) + len(final)} runs of 100 updates of 64 winners.")
     print("\n" + text)
     with whole(out / "study.md") as file:
@@ -588,7 +587,7 @@ def study(o):
 def draw_heat(mean, grids, plan, at_base, path):
     """heat.png: the mean score of every cell of the grid; white is the base, red below it."""
     figure, axes = subplots(3, 3, figsize=(11, 8))
-    reach = max(abs(score - at_base) for score in mean.values())
+    reach = max(mean.values()) - at_base  # what diverged is far below: it has the darkest red
     for axis, (v, grid) in zip(axes.flat, grids.items()):
         betas = sorted({beta for _, beta in grid})
         values = [[mean[v, lr, beta] for lr in plan.lr] for beta in betas]

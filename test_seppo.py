@@ -1031,7 +1031,7 @@ def test_the_study_is_honest(small_study, capsys, monkeypatch):
     base = re.search(r"base model: (\S+)\.", Path("study/study.md").read_text()).group(1)
     assert rows["same as sft"][4] == "+0.000 ± 0.000" and rows["sft"][4] == ""
     assert rows["seppo"][3] == f"{base} ± 0.000", "at a learning rate of nothing"
-    assert rows["sspo"][3] != rows["sft"][3] and rows["sft"][6:] == [""] * 5 and rows["sspo"][-1].endswith("%")
+    assert rows["sspo"][3] != rows["sft"][3] and rows["sft"][7:] == [""] * 6 and rows["sspo"][-1].endswith("%")
     for name in ("heat.png", "strip.png"):
         with Image.open(Path("study", name)) as image:
             assert image.width > 900
@@ -1045,7 +1045,25 @@ def test_cells_repeat_to_the_bit(small_study):
     cells = [evaluation.run_cells(out, [("seppo", 1e-3, 5, 10)], True, "")["seppo", 1e-3, 5, 10] for out in ("a", "b")]
     for cell in cells:
         cell.pop("argv")
-    assert cells[0] == cells[1] and 0 < cells[0]["all"] and cells[0]["both"] <= min(cells[0]["says"], cells[0]["better"])
+    assert cells[0] == cells[1]
+
+
+def test_the_anchors_truth(tmp_path, monkeypatch):
+    """Planted errors and scores of three checkpoints, one draw of (t, eps) each."""
+    for step in (0, 5, 10):
+        tmp_path.joinpath(f"checkpoint-{step}").mkdir()
+    error = {0: [1, 1, 2, 2], 5: [3, 3, 1, 1], 10: [2, 2, 0, 0]}  # of the winner: the base is better for the first two
+    score = {0: [9, 0, 9, 9], 5: [5, 5, 5, 5], 10: [7, 7, 7, 7]}  # of what each draws: the base is better for all but the second
+    seppo.open_mini("mini")  # judges while the taste is the real one
+    monkeypatch.setattr(seppo, "load_unet", lambda folder: int(folder.name[11:]))
+    monkeypatch.setattr(seppo, "denoising_error", lambda unet, *rest: torch.tensor(error[unet]))
+    monkeypatch.setattr(evaluation, "mini_pictures", lambda unet, *rest: unet)
+    monkeypatch.setattr(seppo, "mini_score", lambda unet, captions: torch.tensor(score[unet]))
+    truth = functools.partial(evaluation.anchor_truth, tmp_path, n=4, many=1)
+    says = dict(precision=0.5, recall=pytest.approx(1 / 3), precision_many=0.5)  # -1 for the first two, of three that are better
+    assert truth("initial") == says | {"better": 0.75}
+    assert truth("latest") == says | {"better": 3 / 8}, "between 5 and 10 there is neither a -1 nor a better sample"
+    assert truth("random") == says | {"better": 0.5}
 
 
 def test_interval_of_the_study():
