@@ -1056,7 +1056,7 @@ def test_the_anchors_truth(tmp_path, monkeypatch):
     score = {0: [9, 0, 9, 9], 5: [5, 5, 5, 5], 10: [7, 7, 7, 7]}  # of what each draws: the base is better for all but the second
     seppo.open_mini("mini")  # judges while the taste is the real one
     monkeypatch.setattr(seppo, "load_unet", lambda folder: int(folder.name[11:]))
-    monkeypatch.setattr(seppo, "denoising_error", lambda unet, *rest: torch.tensor(error[unet]))
+    monkeypatch.setattr(seppo, "denoising_error", lambda unet, *rest: torch.tensor(error[unet]).float())
     monkeypatch.setattr(evaluation, "mini_pictures", lambda unet, *rest: unet)
     monkeypatch.setattr(seppo, "mini_score", lambda unet, captions: torch.tensor(score[unet]))
     truth = functools.partial(evaluation.anchor_truth, tmp_path, n=4, many=1)
