@@ -11,7 +11,7 @@ A prompt's noise has a seed of its own, the same for every model and in every li
 base picture by picture. `--protocol paper` evaluates as SePPO's authors did. There is no safety checker: it would blacken
 pictures and poison the means.
 """
-import argparse, contextlib, csv, datetime, functools, hashlib, html, itertools, json
+import argparse, contextlib, copy, csv, datetime, functools, hashlib, html, itertools, json
 import math, multiprocessing, os, re, sys, textwrap, unicodedata
 from collections import Counter, OrderedDict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -203,7 +203,9 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
     """
     need(name in SCORERS, f"{name} is no scorer: there are {', '.join(SCORERS)}")
     if name == "mini":  # the miniature's own taste
-        pixels = lambda images: torch.stack([to_tensor(image.convert("RGB")) for image in images]) * 2 - 1
+        def pixels(images):  # (N, 3, 16, 16); filmstrips: (N, 3, F, 16, 16)
+            x = torch.stack([to_tensor(image.convert("RGB")) for image in images]) * 2 - 1
+            return x if x.shape[2] == x.shape[3] else x.unflatten(3, (-1, x.shape[2])).movedim(3, 2)
         return argparse.Namespace(score=lambda images, prompts: seppo.mini_score(pixels(images), prompts), score_tensors=seppo.mini_score)
     load = functools.partial(torch.load, map_location="cpu", weights_only=True)
     with reading(f"the weights of {SCORERS[name][0]}", "--scorer-weights takes a folder with the hub's files"):
@@ -296,12 +298,12 @@ def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=t
 def find_unets(o):
     """--unet -> {name: folder or hub id}, the base (None) first. Of a run it is the last checkpoint."""
     specs, found = o.unet, {"base": None}
-    if o.model == "mini" and not specs:
+    if o.model in seppo.MINI and not specs:
         runs = []
         for path in Path("runs").glob("*/config.json"):
             with contextlib.suppress(ValueError, LookupError, TypeError):  # whatever else lies there
-                runs += [path] * (json.loads(path.read_text())["options"]["model"] == "mini")
-        need(runs, "runs/ holds no run of the miniature: python seppo.py makes one")
+                runs += [path] * (json.loads(path.read_text())["options"]["model"] == o.model)
+        need(runs, f"runs/ holds no run of {o.model}: python seppo.py --model {o.model} makes one")
         specs = [str(max(runs, key=lambda path: path.stat().st_mtime).parent)]
     for spec in specs or ():
         with reading(f"--unet {spec}", "it takes NAME=WHERE or WHERE"):
@@ -316,9 +318,14 @@ def find_unets(o):
     return found
 
 def load_checked(name, where, base):
-    """The UNet that stands beside the base, of the same shape. Raises UserError."""
+    """The UNet that stands beside the base, of the same shape; of clips it may have only motion modules of its own. Raises
+    UserError."""
     with reading(f"--unet {name}={where}", "it takes a run, a checkpoint, a UNet's folder as diffusers saves it, or a hub id"):
-        unet = seppo.load_unet(where)
+        if isinstance(base, diffusers.UNetMotionModel) and not Path(where, "unet").is_dir():
+            unet = copy.deepcopy(base)
+            unet.load_motion_modules(seppo.load_unet(where, diffusers.MotionAdapter, "motion_adapter"))
+        else:
+            unet = seppo.load_unet(where, type(base))
     shapes = lambda net: {key: tensor.shape for key, tensor in net.state_dict().items()}
     need(shapes(unet) == shapes(base), f"--unet {name}={where} has another shape than the UNet of --model")
     return unet
@@ -340,7 +347,7 @@ def generate(o, unets, base, codec, prompts, batches):
     and settings: what changed is made anew. A picture's rounding depends on its batch too, so the batches depend on neither the
     processes nor what is there already."""
     base, side, dtype = base.cpu(), o.resolution // codec.factor, seppo.DTYPES[o.dtype][1]
-    noises = start_noise(prompts, (codec.channels, side, side), o.seed, o.protocol, o.device, dtype)
+    noises = start_noise(prompts, (codec.channels, *[o.frames] * bool(o.frames), side, side), o.seed, o.protocol, o.device, dtype)
     marks = digest(*(v for v in vars(codec).values() if isinstance(v, torch.nn.Module)),
                    sorted(item for item in codec.scheduler.config.items() if item[0][0] != "_"),  # those are in random order
                    (o.solver, o.sampler_steps, o.guidance, o.dtype, o.device[:4]))  # which kind of device, not which one
@@ -355,9 +362,11 @@ def generate(o, unets, base, codec, prompts, batches):
             noise, context = torch.stack(noises[part]).to(o.device), codec.encode_text(prompts[part])
             latents = seppo.sample(unet, codec.scheduler, noise, context, null, o.solver, o.sampler_steps, o.guidance)
             need(latents.isfinite().all(), f"{name} draws what is not finite: --dtype fp32 may help, or leave it out")
-            pixels = ((codec.decode(latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, R, R, 3)
+            pixels = ((codec.decode(latents) + 1) * 127.5).round().byte().cpu()  # (B, 3, [F,] R, R)
+            if o.frames:  # a clip is kept as a filmstrip
+                pixels = pixels.transpose(2, 3).flatten(3)  # (B, 3, R, F R)
             with ThreadPoolExecutor() as pool:
-                list(pool.map(save_png, map(Image.fromarray, pixels), files[name][part]))
+                list(pool.map(save_png, map(Image.fromarray, pixels.permute(0, 2, 3, 1).numpy()), files[name][part]))
     return files
 
 def save_png(image, path):
@@ -386,7 +395,11 @@ def score_pictures(o, files, prompts, batches):
             for part in progress(o, batches, prompts, f"{model}: {SCORERS[name][0]}"):
                 with ThreadPoolExecutor() as pool, reading(f"a picture in {Path(o.out, 'pictures', model)}", "delete it; it is made again"):
                     images = list(pool.map(lambda path: Image.open(path).convert("RGB"), paths[part]))
-                for i, score in zip(range(len(prompts))[part], scorer.score(images, prompts[part]).tolist()):
+                captions, frames = prompts[part], 1 if name == "mini" else o.frames or 1  # the miniature's taste is for whole clips
+                if frames > 1:
+                    images = [image.crop((i * image.height, 0, (i + 1) * image.height, image.height)) for image in images for i in range(frames)]
+                    captions = [caption for caption in captions for _ in range(frames)]
+                for i, score in zip(range(len(prompts))[part], scorer.score(images, captions).view(-1, frames).mean(1).tolist()):
                     scores.setdefault((model, i), {})[name] = score
     return scores, missing
 
@@ -400,34 +413,41 @@ def report(o, files, prompts, scores, missing):
     rows = table(columns, o.prompts == "pickapic" and len(prompts) == NAMED["pickapic"])
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
     hps = f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; " * any("hps" in name for name in o.scorers)
-    text = [rows, f"{len(prompts)} prompts ({o.prompts}), one picture each. ± is the standard error over prompts; wins: the share of prompts "
-            "where the model's picture scores above the base's, with its 95 % interval; x100: scores are multiplied.",
-            f"Model {o.model}; {o.resolution} pixels, {o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
+    text = [rows, f"{len(prompts)} prompts ({o.prompts}), one {'clip' if o.frames else 'picture'} each. ± is the standard error over prompts; wins: the share of prompts "
+            f"where the model's {'clip' if o.frames else 'picture'} scores above the base's, with its 95 % interval; x100: scores are multiplied.",
+            f"Model {o.model}; {o.resolution} pixels, {f'{o.frames} frames (picture scorers: their mean), ' * bool(o.frames)}{o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
             f"seed {o.seed}, protocol {o.protocol}, no safety checker; {hps}{versions}.",
             *["The paper's figures are of its own protocol (--protocol paper): another solver, another resize in HPSv2."] * (
                 "paper's own" in rows and o.protocol != "paper"),
             *(f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items())]
+    grid = f"grid.{'webp' if o.frames else 'png'}"
     rows = ({"model": model, "index": i, "prompt": prompts[i], "file": str(files[model][i].relative_to(out))} | scores.get((model, i), {})
             for model in files for i in several)
-    print("\n" + "\n\n".join(text) + f"\n\nIn {out}: table.md, scores.jsonl, grid.png, pictures/")
+    print("\n" + "\n\n".join(text) + f"\n\nIn {out}: table.md, scores.jsonl, {grid}, pictures/")
     for name, content in (("table.md", "\n\n".join(text) + "\n"), ("scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))):
         with whole(out / name) as file:
             file.write_text(content, "utf-8")
-    draw_grid(files, prompts, out / "grid.png")
+    draw_grid(files, prompts, out / grid, o.frames)
 
-def draw_grid(files, prompts, path, rows=6, tile=192, head=28):
-    """grid.png: the first prompts down, with their captions, models across."""
-    font, sheet = ImageFont.load_default(16), Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, (model, paths) in enumerate(files.items(), 1):
-        draw.text((tile * (x + .5), head / 2), model[:22], "black", font, "mm")
-        for y, (file, prompt) in enumerate(zip(paths[:rows], prompts)):
-            with Image.open(file) as image:
-                picture = image.resize((tile - 4, tile - 4), Image.NEAREST if image.width < tile else Image.LANCZOS)
-            sheet.paste(picture, (tile * x + 2, head + tile * y + 2))
-            caption = "\n".join(textwrap.wrap(prompt, 21, max_lines=9, placeholder=" ..."))
-            draw.multiline_text((8, head + tile * (y + .5)), caption, "black", font, "lm")
-    save_png(sheet, path)
+def draw_grid(files, prompts, path, frames=None, rows=6, tile=192, head=28):
+    """grid.png: the first prompts down, with their captions, models across; of clips an animated grid.webp."""
+    font, sheets = ImageFont.load_default(16), []
+    for frame in range(frames or 1):
+        sheet = Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
+        draw = ImageDraw.Draw(sheet)
+        for x, (model, paths) in enumerate(files.items(), 1):
+            draw.text((tile * (x + .5), head / 2), model[:22], "black", font, "mm")
+            for y, (file, prompt) in enumerate(zip(paths[:rows], prompts)):
+                with Image.open(file) as image:
+                    side = image.height
+                    picture = image.crop((frame * side, 0, (frame + 1) * side, side)).resize(
+                        (tile - 4, tile - 4), Image.NEAREST if side < tile else Image.LANCZOS)
+                sheet.paste(picture, (tile * x + 2, head + tile * y + 2))
+                caption = "\n".join(textwrap.wrap(prompt, 21, max_lines=9, placeholder=" ..."))
+                draw.multiline_text((8, head + tile * (y + .5)), caption, "black", font, "lm")
+        sheets.append(sheet)
+    with whole(path) as file:
+        seppo.save_pictures(sheets, file)
 
 def subplots(*args, **options):
     import matplotlib  # only where something is drawn
@@ -606,6 +626,8 @@ def draw_heat(mean, grids, plan, at_base, path):
 OPTIONS = (  # name, default (or a type where there is none), what it is, choices
     ("model", "mini", "the base: mini, a folder saved by diffusers, or a hub id"),
     ("unet", list, "UNets to compare, as NAME=WHERE or WHERE: a run (its last checkpoint), a checkpoint, a UNet, a hub id"),
+    ("motion-adapter", str, "makes a text-to-video model of it: a folder or hub id; --unet then takes motion adapters too"),
+    ("frames", int, "of a clip [16 with --motion-adapter]"),
     ("prompts", "pickapic", f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list"),
     ("max-prompts", int, "the first N prompts only"),
     ("scorers", "pickscore,hpsv2,hpsv2.1,imagereward,aesthetic,clip", "comma-separated; for --model mini there is mini"),
@@ -617,21 +639,24 @@ OPTIONS = (  # name, default (or a type where there is none), what it is, choice
     ("guidance", 7.5, "classifier-free guidance scale, 1 for none"),
     ("resolution", 512, "pixels"),
     ("seed", 0, "of the noise"),
-    ("batch-size", 16, "pictures at a time; another size changes pictures by rounding"),
+    ("batch-size", 16, "pictures (clips: 1) at a time; another size changes pictures by rounding"),
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
     ("dtype", str, "of the UNet, VAE and text encoder [fp16 on a GPU, fp32 on a CPU]", ("fp16", "bf16", "fp32")),
     ("out", str, "where the table and pictures go; pictures that are there are not made again [runs/eval-MODEL]"),
     ("study", str, "compare all methods on the miniature, 318 runs (full) or 35 (small), and do nothing else", STUDIES),
     ("runs", list, "draw curves.png of what these runs logged; given alone, only that"),
 )
-PRESETS = {"mini": dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16, batch_size=240),
+TINY = dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16)
+PRESETS = {"mini": TINY | dict(batch_size=240), "mini-video": TINY | dict(batch_size=60, frames=seppo.SMALL_CLIPS["frames"]),
+           "motion adapter": dict(frames=16, batch_size=1),
            "paper": dict(solver="pndm", sampler_steps=50)}
 
 def resolve(argv=None):
     """A command line -> all options, defaults filled in; of rank and world too. Raises UserError."""
     given = seppo.parse(OPTIONS, argv, "Evaluate checkpoints. Defaults in brackets are for Stable Diffusion; --model mini has its own.")
     defaults = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
-    o = argparse.Namespace(**defaults | PRESETS.get(given.get("model", "mini"), {}) | PRESETS.get(given.get("protocol"), {}) | given)
+    o = argparse.Namespace(**defaults | PRESETS.get(given.get("model", "mini"), {}) | PRESETS.get(
+        given.get("motion_adapter") and "motion adapter", {}) | PRESETS.get(given.get("protocol"), {}) | given)
     if o.device in ("auto", "cuda"):
         o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or o.device == "cuda" else "cpu"
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
@@ -640,7 +665,7 @@ def resolve(argv=None):
     o.scorers = [name.strip() for name in o.scorers.split(",")]
     unknown = {*o.scorers} - {*SCORERS}
     need(not unknown, f"--scorers {', '.join(unknown)}: there are {', '.join(SCORERS)}")
-    need("mini" not in o.scorers or (o.model, o.resolution) == ("mini", 16), "--scorers mini is for --model mini at 16 pixels")
+    need("mini" not in o.scorers or o.model in seppo.MINI and o.resolution == 16, "--scorers mini is for --model mini at 16 pixels")
     weights = Path(o.scorer_weights or ".")
     need(weights.is_dir(), f"--scorer-weights {weights} is no folder")
     need(not o.scorer_weights or len(o.scorers) == 1 or not (weights / "config.json").exists(),
@@ -672,7 +697,7 @@ def evaluate(argv):
     prompts, = prompts
     need("mini" not in o.scorers or {*prompts} <= {*seppo.CAPTIONS}, f"--prompts {o.prompts}: the miniature knows its own captions only")
     unets = find_unets(o)
-    base, codec = seppo.load_models(argparse.Namespace(model=o.model, unet=None, device=o.device, dtype=o.dtype))
+    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | {"unet": None, "train": None}))
     batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)][o.rank::o.world]
     files = generate(o, unets, base, codec, prompts, batches)
     del base, codec

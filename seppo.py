@@ -7,6 +7,7 @@ anchor criterion decides for each sample whether to push away from it or to lear
     python seppo.py                                                            # a miniature: two CPU cores, minutes
     python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
     python seppo.py --model DIR_OR_ID --data DIR_OR_PARQUET_OR_ID --out runs/mine
+    python seppo.py --model DIR_OR_ID --motion-adapter guoyww/animatediff-motion-adapter-v1-5-2 --data DIR_OF_CLIPS --frames 16
 
 The same command again resumes. From top to bottom: the objective, the reference rule, the sampler, the data, the models,
 the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weight averaging, trackers (metrics.jsonl has
@@ -24,7 +25,7 @@ except ImportError:  # Windows
 
 import diffusers, huggingface_hub, torch, transformers
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 from safetensors import safe_open
@@ -78,12 +79,18 @@ def choose_reference(k, rule, generator=None):
 def denoising_error(unet, scheduler, x_0, eps, t, context):
     """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
 
-    x_0, eps: (B, C, h, w) fp32 latents and noise. t: (B,) integer timesteps. context: (B, tokens, width) captions.
+    x_0, eps: (B, C, h, w), or of clips (B, C, F, h, w), fp32 latents and noise. t: (B,) integer timesteps. context: (B, tokens,
+    width) captions.
     scheduler: a diffusers scheduler that knows abar and what the net predicts.
     """
     x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     target = scheduler.get_velocity(x_0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
-    return (unet(x_t, t, encoder_hidden_states=context).sample.float() - target).square().flatten(1).mean(1)
+    return (predict(unet, x_t, t, context) - target).square().flatten(1).mean(1)
+
+def predict(unet, x_t, t, context):
+    """What the net says, in fp32. A clip's frames share its caption: diffusers' UNetMotionModel leaves that to its caller."""
+    context = context.repeat_interleave(x_t.shape[2], 0) if x_t.ndim == 5 else context
+    return unet(x_t, t, encoder_hidden_states=context).sample.float()
 
 # ---- The sampler ----------------------------------------------------------------------------------------------------
 # Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs 4.5
@@ -95,7 +102,7 @@ SOLVERS = {  # all deterministic, and none clips latents as if they were pixels,
 
 @torch.no_grad()
 def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guidance=7.5):
-    """(B, C, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1.0: none).
+    """(B, C, h, w) or (B, C, F, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1.0: none).
 
     context: (B, tokens, width), the captions; null: (1, tokens, width), the empty caption. scheduler: the training
     scheduler, whose betas and kind of prediction the solver (a key of SOLVERS) takes over.
@@ -107,7 +114,7 @@ def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guid
     context = torch.cat([null.expand_as(context), context][-halves:]).to(dtype)  # both halves in one call
     for t in solver.timesteps:
         x_in = solver.scale_model_input(torch.cat([x] * halves), t).to(dtype)
-        out = unet(x_in, t, encoder_hidden_states=context).sample.float().chunk(halves)
+        out = predict(unet, x_in, t, context).chunk(halves)
         x = solver.step(out[0] + guidance * (out[-1] - out[0]) if halves == 2 else out[0], t, x).prev_sample
     return x
 
@@ -164,11 +171,11 @@ class Winners:
     in a group are shuffled, by (seed, epoch) alone. A tie's place is taken by another row of its group. A row of no use
     (no caption, no picture) is replaced by one that (seed, position, attempt) determines, and counted.
     groups: (shard, group, rows) of each. read(shard, group, rows) -> the first `rows` rows, less the ties: (caption, winner)
-    or (caption, winner, loser), a picture being bytes, a path or pixels. losers: whether the losers are wanted.
+    or (caption, winner, loser), a picture being bytes, a path or pixels. losers: whether the losers are wanted. frames: of a clip.
     """
 
-    def __init__(self, source, groups, read, losers=False, seed=0, resolution=512, max_winners=None):
-        self.source, self.read, self.losers, self.seed, self.resolution = source, read, losers, seed, resolution
+    def __init__(self, source, groups, read, losers=False, seed=0, resolution=512, max_winners=None, frames=None):
+        self.source, self.read, self.losers, self.seed, self.resolution, self.frames = source, read, losers, seed, resolution, frames
         self.groups, self.total, self.lock, self.pool = [], 0, threading.Lock(), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         for shard, group, rows in groups:
             rows = min(rows, math.inf if max_winners is None else max_winners - self.total)
@@ -204,13 +211,15 @@ class Winners:
 
     def fetch(self, position):
         """-> caption, pixels of the winner, pixels of the loser (if wanted), how many rows were replaced."""
-        flip = random.Random(key(self.seed, "flip", position)).random() < 0.5
+        chance = random.Random(key(self.seed, "flip", position))
+        flip, start = chance.random() < 0.5, chance.random()
         for attempt in range(100):
             try:
                 caption, *pictures = self.row(position, attempt)
                 if not caption.strip():
                     raise ValueError("no caption")
-                pixels = [to_pixels(picture, self.resolution, flip) for picture in pictures[:1 + self.losers]]
+                pixels = [to_pixels(read_clip(picture, self.frames, start) if self.frames else picture, self.resolution, flip)
+                          for picture in pictures[:1 + self.losers]]
                 return caption, pixels[0], pixels[-1], attempt
             except UserError:
                 raise
@@ -219,35 +228,80 @@ class Winners:
         raise UserError(f"--data {self.source}: 100 rows in a row are of no use (the last: {reason})")
 
 def to_pixels(picture, resolution, flip=False):
-    """Bytes or a path -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay."""
+    """Bytes, a path or an open picture -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay.
+    A clip, a list of them -> (3, F, R, R)."""
+    if isinstance(picture, list):
+        return torch.stack([to_pixels(frame, resolution, flip) for frame in picture], 1)
     if isinstance(picture, torch.Tensor):
         return picture.flip(-1) if flip else picture
     picture = picture["bytes"] if isinstance(picture, dict) else picture  # as `datasets` stores its Image columns
-    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+    picture = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    with contextlib.nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(picture) as image:
         if image.width * image.height > 64e6:  # a few kilobytes can ask for gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")
         image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.BILINEAR)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
     return to_pixels(pixels.permute(2, 0, 1) / 127.5 - 1, resolution, flip)
 
-def open_data(o):
-    """--data: the miniature, a folder of captioned pictures, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
-    folder = Path(o.data).is_dir() and not any(Path(o.data).rglob("*.parquet"))
-    source = open_mini if o.data in ("mini", "mini-mixture") else open_folder if folder else open_parquet
-    return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners)
+STRIDE = 4  # AnimateDiff's
 
-def open_folder(name):
-    """A folder with metadata.jsonl ({"file_name": ..., "text": ...} a line), or with name.txt beside name.jpg."""
+def read_clip(clip, frames, start):
+    """A folder of frames, an animated GIF or WebP, or a film -> a list of `frames` pictures: every STRIDE-th, the first at a
+    share `start` in [0, 1) of the possible ones; closer together in a shorter clip, as AnimateDiff takes them. Pixels stay."""
+    if isinstance(clip, torch.Tensor):
+        return clip
+    clip = Path(clip)
+
+    def choose(n, size):
+        if n < frames or size[0] * size[1] > 64e6:
+            raise ValueError(f"{n} frames of {size[0]} x {size[1]} pixels")
+        length = min(n, (frames - 1) * STRIDE + 1)
+        first = int(start * (n - length + 1))
+        return [first + i * (length - 1) // max(1, frames - 1) for i in range(frames)]
+
+    if clip.is_dir():
+        files = sorted(p for p in clip.iterdir() if p.suffix.lower() in Image.registered_extensions())
+        pictures = [Image.open(files[i]) for i in choose(len(files), (1, 1))]
+    elif clip.suffix.lower() in Image.registered_extensions():
+        with Image.open(clip) as film:
+            pictures = [film.seek(i) or film.convert("RGB") for i in choose(getattr(film, "n_frames", 1), film.size)]
+    else:
+        try:
+            import av
+        except ImportError as error:
+            raise UserError(f"{clip}: films need PyAV: pip install av, or make folders of frames") from error
+        with av.open(str(clip)) as film:
+            n = sum(packet.size > 0 for packet in film.demux(video=0))
+        with av.open(str(clip)) as film:
+            stream = film.streams.video[0]
+            wanted = choose(n, (stream.width, stream.height))
+            decoded = itertools.islice(film.decode(stream), wanted[-1] + 1)
+            pictures = [frame.to_image() for i, frame in enumerate(decoded) if i in wanted]
+    if len(pictures) < frames or len({picture.size for picture in pictures}) > 1:
+        raise ValueError("frames are missing, or differ in size")
+    return pictures
+
+def open_data(o):
+    """--data: a miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
+    folder = Path(o.data).is_dir() and not any(Path(o.data).rglob("*.parquet"))
+    source = open_mini if o.data in MINI_DATA else functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet
+    need(folder or bool(o.frames) == (o.data in MINI_DATA[2:]), f"--data {o.data} has {'pictures, not ' * bool(o.frames)}clips")
+    return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners, o.frames)
+
+def open_folder(name, clips=False):
+    """A folder with metadata.jsonl ({"file_name": ..., "text": ...} a line), or with name.txt beside name.jpg, or beside the
+    clip: name.gif, name.webp, name.mp4, or name/ with a file for each frame."""
     table, advice = Path(name, "metadata.jsonl"), "captions stand in metadata.jsonl as file_name and text, or in name.txt beside name.jpg"
     with reading(f"--data {name}", advice):
         if table.exists():
             lines = [json.loads(line) for line in table.read_text("utf-8").splitlines() if line.strip()]
             rows = [(line.get("text"), Path(name, line["file_name"])) for line in lines]
         else:
-            pictures = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in Image.registered_extensions())
+            pictures = sorted(p for p in (Path(name).iterdir() if clips else Path(name).rglob("*"))
+                              if (p.suffix != ".txt" if clips else p.suffix.lower() in Image.registered_extensions()))
             rows = [(c.read_text("utf-8", "replace") if (c := p.with_suffix(".txt")).exists() else None, p) for p in pictures]
         if not any(caption for caption, _ in rows):
-            raise ValueError("no captioned pictures")
+            raise ValueError(f"no captioned {'clips' if clips else 'pictures'}")
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
 
 def open_parquet(name):
@@ -288,7 +342,17 @@ def open_parquet(name):
 
 # ---- The models -----------------------------------------------------------------------------------------------------
 
+ANIMATEDIFF = dict(beta_schedule="linear", clip_sample=False, timestep_spacing="linspace")  # its noise schedule, not the base model's
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # gone from the hub since 2024
+
+def framewise(method):
+    """For a codec's method that maps pictures, (B, C, h, w): clips, (B, C, F, h, w), go through it frame by frame."""
+    @functools.wraps(method)
+    def both(self, *xs):
+        if xs[0].ndim == 4:
+            return method(self, *xs)
+        return method(self, *(x.transpose(1, 2).flatten(0, 1) for x in xs)).unflatten(0, (len(xs[0]), -1)).transpose(1, 2)
+    return both
 
 class StableDiffusion:
     """What stands between pictures, captions and a Stable Diffusion UNet: VAE, CLIP text encoder, noise schedule."""
@@ -308,17 +372,20 @@ class StableDiffusion:
                              max_length=self.text.config.max_position_embeddings).input_ids
         return self.text(ids.to(self.text.device))[0].float()
 
+    @framewise
     def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), drawn from the VAE's posterior
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
 
+    @framewise
     def decode(self, latents):  # back, clamped to [-1, 1]
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
 def load_whole(kind, *args, **options):
     """kind.from_pretrained, which of itself leaves weights that a file lacks at random, and says nothing."""
     model, info = kind.from_pretrained(*args, output_loading_info=True, **options)
-    need(not info["missing_keys"], f"{args[0]} lacks weights of a {kind.__name__}: {', '.join(sorted(info['missing_keys'])[:2])}, ...")
+    missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # buffers are constants
+    need(not missing, f"{args[0]} lacks weights of a {kind.__name__}: {', '.join(missing[:2])}, ...")
     return model
 
 def load_tokenizer(kind, *args, **options):
@@ -327,11 +394,11 @@ def load_tokenizer(kind, *args, **options):
     need(len(tokenizer) > 9, f"{args[0]} lacks the files of its tokenizer")
     return tokenizer
 
-def load_unet(name):
-    """A UNet as diffusers saves it, at NAME/unet or at NAME itself, in fp32 (the master weights)."""
-    load = functools.partial(load_whole, UNet2DConditionModel, name, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+def load_unet(name, kind=UNet2DConditionModel, part="unet"):
+    """A UNet, or another kind of net, as diffusers saves it, at NAME/part or at NAME itself, in fp32 (the master weights)."""
+    load = functools.partial(load_whole, kind, name, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     try:
-        return load(subfolder="unet")
+        return load(subfolder=part)
     except OSError:
         return load()
 
@@ -352,28 +419,41 @@ def load_models(o):
             base, unet = unet, load_unet(o.unet)
         same = [p.shape for p in base.parameters()] == [p.shape for p in unet.parameters()]
         need(same, f"--unet {o.unet} has another shape than the UNet of --model {o.model}")
+    if o.motion_adapter:
+        with reading(f"--motion-adapter {o.motion_adapter}", "it takes a folder or hub id with a MotionAdapter as diffusers saves it"):
+            unet = UNetMotionModel.from_unet2d(unet, load_unet(o.motion_adapter, MotionAdapter, "motion_adapter"))
+        codec.scheduler = DDPMScheduler.from_config(codec.scheduler.config, **ANIMATEDIFF)
+    if o.frames:
+        longest = unet.config.motion_max_seq_length
+        need(o.frames <= longest, f"--frames {o.frames}: this motion adapter knows {longest} at most")
+    if o.train == "motion":
+        unet.freeze_unet2d_params()
     return unet.to(o.device).eval(), codec  # eval: dropout would part policy and reference
 
 @torch.no_grad()
 def load_weights(unet, folder):
     """A checkpoint of the pool into a net, in place and one tensor at a time: no second copy in memory."""
     with reading(f"checkpoint {folder}", "the pool is not whole: restore it, or start over with --fresh"):
-        with safe_open(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        motion = Path(folder, "motion_adapter").is_dir()
+        with safe_open(Path(folder, "motion_adapter" if motion else "unet", "diffusion_pytorch_model.safetensors"), "pt") as file:
             for name, tensor in unet.state_dict().items():
-                tensor.copy_(file.get_tensor(name))
+                if not motion or "motion_modules" in name:
+                    tensor.copy_(file.get_tensor(name))
 
 # ---- The miniature --------------------------------------------------------------------------------------------------
 # A text-to-image world for two cores, on the same path as Stable Diffusion. Pictures (16 x 16) of captioned shapes, each
 # with its own dose of four flaws: off-centre, foggy, blurred, small. Of four pictures for a caption people like the one
 # with the highest `mini_score`. The base model learned from all of them, so there is room above it; and as the taste is
 # known, what alignment did can be measured. It predicts v: few steps suffice where so small a net's eps would be noise.
+# In its clips flawless shapes drift, and each clip has its own dose of one flaw: jitter.
 
 COLOURS = {"red": (1, -.8, -.8), "green": (-.8, .7, -.8), "blue": (-.8, -.6, 1), "yellow": (1, .9, -.8)}
 SHAPES = {"square": lambda x, y: torch.maximum(x.abs(), y.abs()), "disc": lambda x, y: (x.square() + y.square()).sqrt(),
           "diamond": lambda x, y: .7 * (x.abs() + y.abs()),
           "cross": lambda x, y: torch.minimum(torch.maximum(x.abs(), 2.5 * y.abs()), torch.maximum(2.5 * x.abs(), y.abs()))}
 CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-MINI_BASE = "runs/mini-base-1"  # where the base model stays: count up with any change to this section
+MINI_BASE = "runs/{}-base-1"  # where the base models stay: count up with any change to this section
+MINI_DATA = ("mini", "mini-mixture", "mini-video", "mini-video-mixture")
 
 def draw_mini(captions, flaws):
     """B captions and (B, 5) flaws (x, y in [-0.6, 0.6]; fog, blur, smallness in [0, 1]) -> (B, 3, 16, 16) in [-1, 1]."""
@@ -386,20 +466,42 @@ def draw_mini(captions, flaws):
     return (ink * colour - (1 - ink) * .9) * (1 - .8 * fog[:, None])
 
 def mini_score(pixels, captions):
-    """The miniature's taste: (B,) scores of (B, 3, 16, 16) pictures in [-1, 1]: 1 is flawless, 0 no better than plain grey."""
-    ideal = draw_mini(captions, torch.zeros(len(captions), 5)).to(pixels.device)
-    return 1 - (pixels - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
+    """The miniature's taste: (B,) scores of (B, 3, 16, 16) pictures or (B, 3, F, 16, 16) clips in [-1, 1]: 1 is flawless, 0 no
+    better than plain grey. In a flawless picture the shape is in the middle; in a clip it drifts along a straight line, the one
+    that fits where it is in the frames."""
+    if pixels.ndim == 5:
+        axis, t = (torch.arange(16, device=pixels.device) - 7.5) / 5.5, torch.arange(pixels.shape[2], device=pixels.device) + 0.
+        ink = ((pixels + .9).abs().sum(1) - .6).clamp(min=1e-6)  # (B, F, 16, 16)
+        place = torch.stack([(ink.sum(2) * axis).sum(2), (ink.sum(3) * axis).sum(2)], 2) / ink.sum((2, 3))[:, :, None]  # (B, F, 2)
+        t = (t - t.mean())[:, None]
+        line = place.mean(1, keepdim=True) + t * (place * t).sum(1, keepdim=True) / t.square().sum()
+        flaws = F.pad(line.flatten(0, 1), (0, 3)).cpu()
+        captions = [caption for caption in captions for _ in t]
+    else:
+        flaws = torch.zeros(len(captions), 5)
+    ideal = draw_mini(captions, flaws).to(pixels.device)
+    frames = pixels.transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
+    score = 1 - (frames - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
+    return score.view(len(pixels), -1).mean(1)
 
-@functools.lru_cache(2)
+@functools.lru_cache(4)
 def open_mini(name, n=2048):
-    """The miniature's data, of n captions: `mini` has the liked picture of four and another, `mini-mixture` all, unjudged."""
-    g = torch.Generator().manual_seed(0)
+    """The miniature's data, of n captions (a quarter of n clips): `mini` has the liked picture of four and another, `mini-mixture` all, unjudged;
+    `mini-video` and `mini-video-mixture` have clips (3, F, 16, 16)."""
+    g, n, frames = torch.Generator().manual_seed(0), n // 4 if "video" in name else n, SMALL_CLIPS["frames"]
     captions = [CAPTIONS[i] for i in torch.randint(len(CAPTIONS), (n,), generator=g)]
-    flaws = torch.rand(4, n, 5, generator=g) * torch.tensor([1.2, 1.2, 1, 1, 1]) - torch.tensor([.6, .6, 0, 0, 0])
-    pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, 16, 16)
+    if "video" in name:
+        start, end = (torch.rand(4, n, 1, 2, generator=g) * 1.2 - .6 for _ in "se")
+        jitter = torch.randn(4, n, frames, 2, generator=g) * torch.rand(4, n, 1, 1, generator=g) * .4
+        places = start + (end - start) * torch.linspace(0, 1, frames)[:, None] + jitter  # (4, n, F, 2)
+        pictures = torch.stack([draw_mini([c for c in captions for _ in range(frames)], F.pad(p.flatten(0, 1), (0, 3))).unflatten(
+            0, (n, frames)).transpose(1, 2) for p in places], 1)  # (n, 4, 3, F, 16, 16)
+    else:
+        flaws = torch.rand(4, n, 5, generator=g) * torch.tensor([1.2, 1.2, 1, 1, 1]) - torch.tensor([.6, .6, 0, 0, 0])
+        pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, 16, 16)
     best = torch.stack([mini_score(p, captions) for p in pictures.unbind(1)], 1).argmax(1).tolist()
-    rows = [(c, four[i], four[i - 1]) for c, four, i in zip(captions, pictures, best)] if name == "mini" else [
-        (c, picture) for c, four in zip(captions, pictures) for picture in four]
+    rows = [(c, picture) for c, four in zip(captions, pictures) for picture in four] if "mixture" in name else [
+        (c, four[i], four[i - 1]) for c, four, i in zip(captions, pictures, best)]
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
 
 class Miniature:
@@ -417,24 +519,35 @@ class Miniature:
         words = [(caption.split() + [""] * 4)[:4] for caption in captions]
         return torch.stack([torch.stack([self.words(word) for word in four]) for four in words]).to(self.device)
 
+    @framewise
     def encode(self, pixels, noise):  # (B, 3, 16, 16) -> (B, 12, 8, 8)
         return F.pixel_unshuffle(pixels, self.factor)
 
+    @framewise
     def decode(self, latents):
         return F.pixel_shuffle(latents, self.factor).clamp(-1, 1)
 
+MINI_MOTION = dict(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=4,
+                   motion_max_seq_length=16, use_motion_mid_block=False)
+
 def load_mini(name, device="cpu"):
-    """The miniature's UNet: untrained, or the base model, which this very script trains, once."""
-    if name == "mini":
-        o = resolve(["--model", "mini-untrained", "--out", MINI_BASE, "--device", device, "--dtype", "fp32"])
-        if not Path(MINI_BASE, f"checkpoint-{o.steps}").is_dir():
-            print(f"The miniature's base model comes first: it is trained once and stays in {MINI_BASE}.")
+    """A miniature's UNet: untrained, or the base model, which this very script trains, once."""
+    if not name.endswith("-untrained"):
+        o = resolve(["--model", f"{name}-untrained", "--out", MINI_BASE.format(name), "--device", device, "--dtype", "fp32"])
+        if not Path(o.out, f"checkpoint-{o.steps}").is_dir():
+            print(f"The miniature's base model comes first: it is trained once and stays in {o.out}.")
         train(o)
-        return load_unet(f"{MINI_BASE}/checkpoint-{o.steps}")
+        return load_unet(f"{o.out}/checkpoint-{o.steps}", UNetMotionModel if o.frames else UNet2DConditionModel)
+    base = load_mini("mini", device) if "video" in name else None
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, cross_attention_dim=32, attention_head_dim=8)
+    if not base:
+        return UNet2DConditionModel(
+            sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, cross_attention_dim=32, attention_head_dim=8)
+    adapter = MotionAdapter(**MINI_MOTION)
+    for name, parameter in adapter.named_parameters():  # as AnimateDiff begins: a clip of independent pictures
+        torch.nn.init.zeros_(parameter) if "proj_out" in name else None
+    return UNetMotionModel.from_unet2d(base, adapter)
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
 
@@ -455,16 +568,20 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.dtype != "fp32"
         self.index, self.skipped = None, 0  # which checkpoint the reference holds; rows replaced so far
         self.reference = self.generator = None if o.loser == "none" else copy.deepcopy(self.policy).requires_grad_(False)
+        if o.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
         autocast, half = DTYPES[o.dtype]
         if o.loser == "generated" and half != torch.float32:
             self.generator = copy.deepcopy(self.reference).to(half)
-        self.shape = (self.codec.channels, *[o.resolution // self.codec.factor] * 2)  # of one sample's latents
+        side = o.resolution // self.codec.factor
+        self.shape = (self.codec.channels, *[o.frames] * bool(o.frames), side, side)  # of one sample's latents
         self.T, self.null = self.codec.scheduler.config.num_train_timesteps, self.codec.encode_text([""])  # null: (1, tokens, width)
         self.sample = functools.partial(sample, scheduler=self.codec.scheduler, null=self.null, solver=o.solver,
                                         steps=o.sampler_steps, guidance=o.guidance)
         self.autocast = functools.partial(torch.autocast, self.device.type, autocast, bool(autocast))
         self.prompts = [data.fetch(i)[0] for i in range(12 if o.model in MINI else 4)]  # of the sample pictures
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, fused=True, **ADAMW)
+        self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}  # all, or the motion modules
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, fused=True, **ADAMW)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.dtype == "fp16")
 
     def set_reference(self, update):
@@ -544,7 +661,7 @@ class Trainer:
             self.optimizer.zero_grad()
             statistics, skipped, seconds = self.gradients(update)
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP).item()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP).item()
             if math.isfinite(statistics["loss"]) and math.isfinite(norm):
                 break
             need(math.isfinite(statistics["loss"]) and self.scaler.get_scale() > 1,
@@ -565,9 +682,12 @@ class Trainer:
         """The picture, the pool's checkpoint, last the state to resume from: a kill in between repeats work, loses none."""
         self.grid(update)
         with whole(self.out / f"checkpoint-{update}") as folder:
-            self.policy.save_pretrained(folder / "unet")
+            if self.o.train == "motion":
+                self.policy.save_motion_modules(folder / "motion_adapter")
+            else:
+                self.policy.save_pretrained(folder / "unet")
         with whole(self.out / "resume" / "state.pt") as file:
-            torch.save({"update": update, "skipped": self.skipped, "policy": self.policy.state_dict(),
+            torch.save({"update": update, "skipped": self.skipped, "policy": self.trained,
                         "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
 
     def resume(self):
@@ -576,8 +696,10 @@ class Trainer:
         if path.exists():
             with reading(f"the state {path}", "restore it, or start over with --fresh"):
                 state = torch.load(path, weights_only=True, map_location="cpu")
-                for part in ("policy", "optimizer", "scaler"):
+                for part in ("optimizer", "scaler"):
                     getattr(self, part).load_state_dict(state.pop(part))
+                for name, parameter in self.trained.items():
+                    parameter.data.copy_(state["policy"][name])
                 self.skipped, done = state["skipped"], state["update"]
         lines = metrics.read_text().splitlines(keepends=True)[:done] if metrics.exists() else []
         with whole(metrics) as file:  # without the lines of updates that are done again
@@ -586,29 +708,41 @@ class Trainer:
 
     @torch.no_grad()
     def grid(self, update):
-        """samples/step-N.png: the first captions of the data from fixed noise; base model above, current policy below."""
+        """samples/step-N.png (of clips .webp): the first captions of the data from fixed noise; base model above, current policy
+        below."""
         noise = draws("grid", range(len(self.prompts)), self.shape, 1, 0)[-1].to(self.device)
         with self.autocast():
             pixels = self.codec.decode(self.sample(self.policy, noise=noise, context=self.codec.encode_text(self.prompts)))
-        pixels = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (n, R, R, 3)
-        tile, base = [max(96, self.o.resolution)] * 2, self.out / "samples" / "step-0.png"
-        rows = [make_image_grid([Image.fromarray(p).resize(tile, Image.NEAREST) for p in pixels], 1, len(pixels))]
-        rows = [Image.open(base), *rows] if update and base.exists() else rows
-        with whole(self.out / "samples" / f"step-{update}.png") as file:
-            make_image_grid(rows, len(rows), 1).save(file, "PNG")
+        pixels = ((pixels + 1) * 127.5).round().byte().cpu()  # (n, 3, [F,] R, R)
+        base = self.out / "samples" / "base.pt"
+        if update == 0:
+            with whole(base) as file:
+                torch.save(pixels, file)
+        pixels = torch.cat([torch.load(base), pixels] if update and base.exists() else [pixels])
+        frames = pixels.movedim(1, -1).unsqueeze(1) if pixels.ndim == 4 else pixels.movedim(1, -1)  # (n or 2 n, F, R, R, 3)
+        tile, n = [max(96, self.o.resolution)] * 2, len(self.prompts)
+        grids = [make_image_grid([Image.fromarray(p).resize(tile, Image.NEAREST) for p in frame.numpy()], len(frame) // n, n)
+                 for frame in frames.unbind(1)]
+        with whole(self.out / "samples" / f"step-{update}.{'webp' if self.o.frames else 'png'}") as file:
+            save_pictures(grids, file)
+
+def save_pictures(frames, path):
+    """One picture as PNG, more as an animated WebP."""
+    several = dict(save_all=True, append_images=frames[1:], duration=125, loop=0)  # milliseconds a frame; for ever
+    frames[0].save(path, **{"format": "WEBP"} | several if len(frames) > 1 else {"format": "PNG"})
 
 def train(o):
     """A run from its resolved options: begin it, resume it, or say that it is finished."""
     if (Path(o.out) / f"checkpoint-{o.steps}").is_dir() and not o.fresh:
         claim(o)
-        return o.model == "mini-untrained" or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
+        return o.model.endswith("-untrained") or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
     need(os.environ.get("WORLD_SIZE", "1") == "1", "many devices are not there yet: start it with plain python")
     data = open_data(o)
     facts = {"source": data.source, "rows": data.total}
     claim(o, facts)  # before the slow part, and for good after it: a mistyped --model must not cost an old run
     trainer, smooth = Trainer(o, data), {}
     claim(o, facts, begin=True)
-    print(plan(o, data, sum(p.numel() for p in trainer.policy.parameters())))
+    print(plan(o, data, trainer.policy))
     done = trainer.resume()
     if trainer.reference:
         trainer.check_numeric_path()
@@ -626,8 +760,8 @@ def train(o):
                 "-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]})
             smooth = {k: .9 * smooth.get(k, v) + .1 * v for k, v in shown.items()}
             bar.set_postfix({k: f"{v:.3g}" for k, v in smooth.items()} | {k: m[k] for k in ("reference", "skipped_rows") if m[k]})
-    if o.model != "mini-untrained":
-        print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model above, the policy below."
+    if not o.model.endswith("-untrained"):
+        print(f"Done. {o.out}/samples/step-{o.steps}.{'webp' if o.frames else 'png'} shows the base model above, the policy below."
               + " python eval.py scores both." * (o.model == "mini") + how_to_load(o))
 
 def now(device):
@@ -672,20 +806,29 @@ def claim(o, data={}, begin=False):
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--out {out} cannot be used: {error}") from error
 
-def plan(o, data, parameters):
+def plan(o, data, unet):
     """The resolved options and what follows from them, in words."""
-    gb, winners, checkpoints = 4e-9 * parameters, o.steps * o.batch_size, len({*range(0, o.steps, o.save_every), o.steps})
+    gb, trained = (4e-9 * sum(p.numel() for p in unet.parameters() if p.requires_grad or whole) for whole in (True, False))
     nets = 1 + (o.loser != "none") + (o.loser == "generated" and o.dtype != "fp32") / 2
+    winners, checkpoints = o.steps * o.batch_size, len({*range(0, o.steps, o.save_every), o.steps})
     return (", ".join(f"{k.replace('_', '-')} {v}" for k, v in vars(o).items() if v not in (None, False))
             + f"\n{o.steps} updates of {o.batch_size} = {winners:,} winners, {winners / data.total:.2g} epochs of {data.total:,} rows; an "
-            f"update accumulates {o.batch_size // o.micro_batch} micro-batches of {o.micro_batch}\n{parameters / 1e6:.1f} M parameters: memory "
-            f"for weights {nets * gb:.2f} GB, gradients {gb:.2f}, optimizer {2 * gb:.2f}, and activations; disk for {checkpoints} checkpoints "
-            f"{checkpoints * gb:.2f} GB, to resume from {3 * gb:.2f}")
+            f"update accumulates {o.batch_size // o.micro_batch} micro-batches of {o.micro_batch}\n{gb * 250:.1f} M parameters, "
+            f"{trained * 250:.1f} M train: memory for weights {nets * gb:.2f} GB, gradients {trained:.2f}, optimizer {2 * trained:.2f}, and "
+            f"activations; disk for {checkpoints} checkpoints {checkpoints * trained:.2f} GB, to resume from {3 * trained:.2f}")
 
 def how_to_load(o):
-    pipe = f'\n  pipe = StableDiffusionPipeline.from_pretrained("{MOVED.get(o.model, o.model)}", unet=unet)' * (o.model not in MINI)
-    return ("\nTo load it:\n  from diffusers import StableDiffusionPipeline, UNet2DConditionModel\n"
-            f'  unet = UNet2DConditionModel.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/unet")' + pipe)
+    net, part = (("MotionAdapter", "motion_adapter") if o.train == "motion" else ("UNetMotionModel", "unet")) if o.frames else (
+        "UNet2DConditionModel", "unet")
+    pipe = f"{'AnimateDiff' if o.frames else 'StableDiffusion'}Pipeline"
+    name, also = MOVED.get(o.model, o.model), ""
+    if o.frames:
+        also = "motion_adapter=None, " * (part == "unet") + (
+            f'scheduler=DDIMScheduler.from_pretrained("{name}", subfolder="scheduler", '
+            + ", ".join(f"{k}={json.dumps(v).title() if isinstance(v, bool) else json.dumps(v)}" for k, v in ANIMATEDIFF.items()) + ")")
+    return (f"\nTo load it:\n  from diffusers import {pipe}, {net}" + ", DDIMScheduler" * bool(o.frames)
+            + f'\n  {part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{part}")'
+            + f'\n  pipe = {pipe}.from_pretrained("{name}", {part}={part}{", " * bool(also)}{also})' * (o.model not in MINI))
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
@@ -705,7 +848,10 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("beta", 2000.0, "how strongly the reference holds; the first thing to tune, with --lr"),
     ("model", "mini", "mini, a folder saved by diffusers, or a hub id: a Stable Diffusion 1.x"),
     ("unet", str, "start from this UNet of the same shape: a folder or hub id"),
-    ("data", "mini", "mini, pickapic, a folder of captioned pictures, or Parquet (file, folder, hub id) with Pick-a-Pic's columns"),
+    ("motion-adapter", str, "makes a text-to-video model of it: AnimateDiff's motion modules, a folder or hub id"),
+    ("frames", int, "of a clip [16 with --motion-adapter]"),
+    ("train", str, "which weights of a text-to-video model learn [motion: the motion modules]", ("motion", "all")),
+    ("data", "mini", "mini, pickapic, a folder of captioned pictures or clips, or Parquet (file, folder, hub id) with Pick-a-Pic's columns"),
     ("max-winners", int, "use the first N rows of the data only, ties included: the row groups behind are never read"),
     ("resolution", 512, "pixels of the shorter side, then of the centre crop"),
     ("caption-dropout", 0.2, "share of captions replaced by the empty one, alike in all four errors"),
@@ -715,7 +861,8 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("save-every", 30, "updates per interval: then a checkpoint joins the pool and the reference is redrawn"),
     ("batch-size", 2048, "winners per update, over all devices"),
     ("micro-batch", 1, "winners per forward pass: lower it when memory runs out, the result stays"),
-    ("generate-batch", 16, "reference samples generated at a time"),
+    ("generate-batch", 16, "reference samples generated at a time [1 with --motion-adapter]"),
+    ("gradient-checkpointing", False, "compute activations again in the backward pass: far less memory, a third more training time"),
     ("lr", 2.048e-5, "learning rate after the warm-up; nothing scales it"),
     ("solver", "dpm++", "the diffusers scheduler that makes reference samples", SOLVERS),
     ("sampler-steps", 20, "its steps: most of a run's cost"),
@@ -728,13 +875,17 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
 )
 PAPER = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64, sampler_steps=8, guidance=1.0)
+CLIPS = dict(frames=16, train="motion", generate_batch=1)  # what --motion-adapter changes: AnimateDiff's practice
+SMALL_CLIPS = SMALL | dict(frames=8, train="motion", batch_size=16, micro_batch=16, generate_batch=16)
 MINI = {  # what the miniature changes: it is small, and its errors are far larger, so beta and lr are its own
     "mini": SMALL | dict(steps=100, save_every=20, lr=2e-4, beta=5.0),
     "mini-untrained": SMALL | dict(steps=1500, save_every=500, lr=1e-3, data="mini-mixture", method="sft"),
+    "mini-video": SMALL_CLIPS | dict(steps=60, save_every=12, lr=3e-4, beta=5.0, data="mini-video"),
+    "mini-video-untrained": SMALL_CLIPS | dict(steps=300, save_every=300, lr=1e-3, data="mini-video-mixture", method="sft", train="all"),
 }
-MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "device", "resume_from_checkpoint")  # when resuming
+MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "gradient_checkpointing", "device", "resume_from_checkpoint")  # when resuming
 ALIASES = {"--pretrained-model-name-or-path": "--model", "--dataset-name": "--data", "--max-train-samples": "--max-winners",
-           "--output-dir": "--out", "--max-train-steps": "--steps", "--checkpointing-steps": "--save-every",
+           "--num-frames": "--frames", "--output-dir": "--out", "--max-train-steps": "--steps", "--checkpointing-steps": "--save-every",
            "--learning-rate": "--lr", "--guidance-scale": "--guidance", "--mixed-precision": "--dtype"}
 INSTEAD = {  # options of other trainers that would mislead here
     "--scale-lr": "--lr is the rate that is used (Diffusion-DPO's 1e-8 with --scale_lr at 2048 winners is --lr 2.048e-5)",
@@ -763,13 +914,13 @@ def resolve(argv=None):
     """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
     given = parse(OPTIONS, argv, "SePPO: align a diffusion model with liked pictures.")
     model = given.get("model", PAPER["model"])
-    defaults = PAPER | MINI.get(model, {})
+    defaults = PAPER | MINI.get(model, {}) | (CLIPS if given.get("motion_adapter") else {})
     defaults |= METHODS[given.get("method", defaults["method"])]
     o = argparse.Namespace(**defaults | given)
     o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
     if not o.out:
-        named = MAY_CHANGE + ("method",) + ("model",) * (model in MOVED)
+        named = MAY_CHANGE + ("method",) + ("model",) * (model in MOVED or model in MINI)
         changed = sorted((k, v) for k, v in given.items() if k not in named and v != defaults[k])
         digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
         o.out = str(Path("runs") / f"{Path(model).resolve().name}-{o.method}{digest}")
@@ -779,8 +930,11 @@ def resolve(argv=None):
 
 def check(o):
     """What training and evaluation have in common."""
+    need(bool(o.frames) == bool(o.motion_adapter or "frames" in MINI.get(o.model, {})), "--frames needs --motion-adapter, or --model mini-video")
+    need(o.frames != 1, "--frames must be 2 at least")
+    need(not o.motion_adapter or o.model not in MINI, "--motion-adapter is not for the miniature: take --model mini-video")
     for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and name not in ("seed", "caption_dropout", "fresh", "dry_run"):
+        if isinstance(value, (int, float)) and name not in ("seed", "caption_dropout", "fresh", "dry_run", "gradient_checkpointing"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     multiple = 8 if o.model in MINI else 64
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
@@ -790,6 +944,7 @@ def check(o):
          "--device cpu works")
 
 def check_training(o):
+    need(not o.train or o.frames, "--train is for clips: it needs --motion-adapter")
     need(o.model in MINI or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
     need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
     need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
@@ -804,9 +959,14 @@ def begin(argv):
     with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"), torch.device("meta"):
         unet = load_mini("mini-untrained") if o.model in MINI else UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(MOVED.get(o.model, o.model), subfolder="unet"))
-    print(plan(o, open_data(o), sum(p.numel() for p in unet.parameters())))
+        if o.frames:
+            unet = UNetMotionModel.from_unet2d(unet, MotionAdapter(**MINI_MOTION) if o.model in MINI else MotionAdapter.from_config(
+                MotionAdapter.load_config(o.motion_adapter)))
+        if o.train == "motion":
+            unet.freeze_unet2d_params()
+    print(plan(o, open_data(o), unet))
 
-def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --generate-batch"):
+def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --generate-batch, or add --gradient-checkpointing"):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
         library.logging.set_verbosity_error()

@@ -1,4 +1,5 @@
 """python -m pytest: offline, on a CPU, in under two minutes. SLOW=1 adds the long ones."""
+import argparse
 import functools
 import io
 import json
@@ -19,8 +20,8 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from diffusers import (AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, MotionAdapter, PNDMScheduler,
+                       StableDiffusionPipeline, UNet2DConditionModel, UNetMotionModel)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -414,10 +415,12 @@ def test_methods_run(pipeline, tmp_path, method):
             "dpo": last["sign_pos"] == 1 and last["reference"] == 0, "sft": last["loss"] == last["policy_w"] and last["policy_r"] is None}[method]
 
 
-def test_micro_batch_does_not_change_an_update(pipeline, tmp_path):
-    data, results = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), []
-    for i, (micro, generate) in enumerate(((4, 4), (1, 4), (2, 3))):
-        assert run(pipeline, data, "--micro-batch", micro, "--generate-batch", generate, "--steps", 2, "--out", f"run{i}") == 0
+def test_what_saves_memory_does_not_change_an_update(pipeline, tmp_path, monkeypatch):
+    data, results, calls, again = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), [], [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: calls.append(1) or again(*args, **options))
+    for i, (micro, generate, *more) in enumerate(((4, 4), (1, 4), (2, 3), (4, 4, "--gradient-checkpointing"))):
+        assert run(pipeline, data, "--micro-batch", micro, "--generate-batch", generate, "--steps", 2, "--out", f"run{i}", *more) == 0
+        assert bool(calls) == bool(more)
         results.append(weights(f"run{i}/checkpoint-2/unet"))
     base = weights("run0/checkpoint-0/unet")
     norm = lambda a, b: math.sqrt(sum((a[k] - b[k]).square().sum().item() for k in a))
@@ -1005,7 +1008,223 @@ def test_evaluation_refusals(evaluate, pipeline, argv, says, capsys):
 
 
 def test_evaluation_without_a_run(capsys):
-    assert evaluation.main(["--device", "cpu"]) == 2 and "python seppo.py makes one" in capsys.readouterr().err
+    assert evaluation.main(["--device", "cpu"]) == 2 and "makes one" in capsys.readouterr().err
+
+
+# ---- Video ----------------------------------------------------------------------------------------------------------
+
+MOTION = dict(block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=4, motion_num_attention_heads=2,
+              motion_max_seq_length=8, use_motion_mid_block=False)
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory):
+    """A tiny AnimateDiff motion adapter, saved by diffusers, for the tiny Stable Diffusion."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("tiny-motion")
+    MotionAdapter(**MOTION).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Captioned clips of 9 frames in every form, and some of no use: too short, of two sizes, broken."""
+    folder = tmp_path / "clips"
+    for name in ("frames", "short", "sizes"):
+        folder.joinpath(name).mkdir(parents=True)
+    film = [Image.open(io.BytesIO(jpeg(i, 80))) for i in range(9)]
+    for i, frame in enumerate(film):
+        frame.save(folder / "frames" / f"{i:03d}.png")
+        frame.resize((80 + 16 * (i == 5),) * 2).save(folder / "sizes" / f"{i:03d}.jpg")
+    film[0].save(folder / "short" / "0.png")
+    film[0].save(folder / "gif.gif", save_all=True, append_images=film[1:])
+    film[0].save(folder / "webp.webp", save_all=True, append_images=film[1:], lossless=True)
+    folder.joinpath("broken.gif").write_bytes(b"GIF89a nothing")
+    for name in ("frames", "short", "sizes", "gif", "webp", "broken"):
+        folder.joinpath(f"{name}.txt").write_text(f"a {name}")
+    return folder
+
+
+def film(pipeline, adapter, data, *more):
+    return run(pipeline, data, "--motion-adapter", adapter, "--frames", 4, *more)
+
+
+def test_clips_of_every_form(clips, monkeypatch):
+    frames = lambda at, n=4: [int(p.filename[-7:-4]) for p in seppo.read_clip(clips / "frames", n, at)]
+    assert frames(0) == [0, 2, 5, 8], "9 frames are less than 4 at a stride of 4: they are spread over the clip"
+    assert frames(0, 2) == [0, 4] and frames(0.999, 2) == [4, 8] and frames(0, 9) == [*range(9)]
+    straight = seppo.to_pixels(seppo.read_clip(clips / "frames", 9, 0), 64)
+    assert straight.shape == (3, 9, 64, 64)
+    assert torch.equal(seppo.to_pixels(seppo.read_clip(clips / "webp.webp", 9, 0), 64), straight)
+    assert (seppo.to_pixels(seppo.read_clip(clips / "gif.gif", 9, 0), 64) - straight).abs().mean() < 0.1
+    assert torch.equal(seppo.to_pixels(seppo.read_clip(clips / "frames", 9, 0), 64, flip=True), straight.flip(-1))
+    for name in ("short", "sizes", "broken.gif"):
+        with pytest.raises(Exception):
+            seppo.to_pixels(seppo.read_clip(clips / name, 4, 0), 64)
+    data = seppo.Winners(*seppo.open_folder(clips, clips=True), resolution=64, frames=4)
+    assert data.total == 6 and {data.fetch(n)[0] for n in range(60)} == {"a frames", "a gif", "a webp"}
+    assert all(data.fetch(n)[1].shape == (3, 4, 64, 64) for n in range(6)) and sum(data.fetch(n)[3] for n in range(6)) >= 3
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(seppo.UserError, match="pip install av"):
+        seppo.read_clip(clips / "film.mp4", 4, 0)
+
+
+def test_films(clips):
+    av = pytest.importorskip("av")
+    with av.open(str(clips / "film.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 80
+        for i in range(9):
+            file.mux(stream.encode(av.VideoFrame.from_image(Image.open(clips / "frames" / f"{i:03d}.png").convert("RGB"))))
+        file.mux(stream.encode())
+    straight, seen = (seppo.to_pixels(seppo.read_clip(clips / name, 4, 0), 64) for name in ("frames", "film.mp4"))
+    assert (seen - straight).abs().mean() < 0.1
+    with pytest.raises(ValueError, match="9 frames"):
+        seppo.read_clip(clips / "film.mp4", 10, 0)
+
+
+def test_one_frame_equals_a_picture(pipeline, adapter):
+    """5-D equals 4-D for one frame when the motion modules are identities; and frames differ from pictures when they are not."""
+    unet, codec = seppo.load_unet(pipeline), seppo.StableDiffusion(str(pipeline), "cpu", torch.float32)
+    motion = UNetMotionModel.from_unet2d(unet, MotionAdapter.from_pretrained(adapter)).eval()
+    t, _, eps, x, noise = seppo.draws("video", range(3), (4, 8, 8), 1000, 0)
+    context, null = codec.encode_text(["a", "b", "c"]), codec.encode_text([""])
+    far = lambda: (seppo.denoising_error(motion, codec.scheduler, x[:, :, None], eps[:, :, None], t, context)
+                   - seppo.denoising_error(unet, codec.scheduler, x, eps, t, context)).abs().max()
+    assert far() > 1e-3
+    for name, p in motion.named_parameters():
+        if "motion_modules" in name and "proj_out" in name:
+            torch.nn.init.zeros_(p)
+    assert far() < 1e-5
+    torch.testing.assert_close(seppo.sample(motion, codec.scheduler, noise[:, :, None], context, null, steps=3)[:, :, 0],
+                               seppo.sample(unet, codec.scheduler, noise, context, null, steps=3), rtol=1e-4, atol=1e-4)
+    many = torch.stack([x, noise, eps], 2)  # (3, 4, F, 8, 8): identities leave frames apart
+    pixels = codec.decode(many)
+    torch.testing.assert_close(pixels[:, :, 1], codec.decode(noise))
+    torch.testing.assert_close(codec.encode(pixels, many)[:, :, 2], codec.encode(codec.decode(eps), eps))
+
+
+def says_how_to_load(out):
+    """The run's last lines, as a program -> its `pipe`."""
+    names = {}
+    exec("\n".join(line.strip() for line in out[out.index("To load it:"):].splitlines()[1:]), names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    return names["pipe"]
+
+
+def test_video_end_to_end(pipeline, adapter, clips, capsys):
+    """The command on clips; its errors against AnimateDiffPipeline; the checkpoint, loaded as the run's last lines say."""
+    assert film(pipeline, adapter, clips, "--caption-dropout", 0, "--guidance", 3) == 0
+    pipe = says_how_to_load(capsys.readouterr().out)
+    lines = metrics()
+    assert lines[0]["sign_zero"] == 1 and lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[-1]["skipped_rows"] > 0
+    start, end = (load_file(f"run/{name}/motion_adapter/diffusion_pytorch_model.safetensors") for name in ("checkpoint-0", "checkpoint-4"))
+    assert same(start, MotionAdapter.from_pretrained(adapter).state_dict()) and not same(start, end)
+    assert not Path("run/checkpoint-4/unet").exists(), "the pictures' weights did not train"
+    assert {name: torch.equal(p, pipe.unet.state_dict()[name]) for name, p in end.items()} == dict.fromkeys(end, True)
+    with Image.open("run/samples/step-4.webp") as image, Image.open("run/samples/step-0.webp") as first:
+        assert image.n_frames == 4 and image.height == 2 * first.height
+    # update 1, by hand
+    assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.clip_sample) == ("linear", False)
+    pipe.unet.load_motion_modules(MotionAdapter.from_pretrained(adapter))
+    noising = DDPMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    t, _, eps, noise_w, noise_r = seppo.draws(0, range(4), (4, 4, 8, 8), 1000, 0)
+    rows = seppo.open_data(argparse.Namespace(data=str(clips), frames=4, loser="generated", seed=0, resolution=64, max_winners=None))
+    captions, winners, _, _ = zip(*(rows.fetch(n) for n in range(4)))
+    with torch.no_grad():
+        x_w = torch.stack([torch.stack([pipe.vae.encode(frame[None]).latent_dist.mean[0] + pipe.vae.encode(frame[None]).latent_dist.std[0] * n
+                                        for frame, n in zip(clip.unbind(1), noise.unbind(1))], 1) for clip, noise in zip(winners, noise_w)])
+        x_r = torch.cat([pipe(caption, latents=n[None], num_frames=4, num_inference_steps=2, guidance_scale=3.0, output_type="latent",
+                              height=64, width=64).frames for caption, n in zip(captions, noise_r)])
+        ids = pipe.tokenizer(list(captions), padding="max_length", return_tensors="pt").input_ids
+        context = pipe.text_encoder(ids)[0].repeat_interleave(4, 0)
+        for x, key in ((x_w * pipe.vae.config.scaling_factor, "reference_w"), (x_r, "reference_r")):
+            error = (pipe.unet(noising.add_noise(x, eps, t), t, context).sample - eps).square().mean()
+            assert lines[0][key] == pytest.approx(error.item(), rel=1e-4), key
+    assert len(pipe("a frames", num_frames=4, num_inference_steps=2, height=64, width=64).frames[0]) == 4
+    # everything trains
+    assert film(pipeline, adapter, clips, "--train", "all", "--out", "all") == 0
+    pipe = says_how_to_load(capsys.readouterr().out)
+    assert not same(weights(pipeline / "unet"), pipe.unet.state_dict()), "here they trained"
+    assert len(pipe("a frames", num_frames=4, num_inference_steps=2, height=64, width=64).frames[0]) == 4
+
+
+def test_video_resumes(pipeline, adapter, clips, monkeypatch, capsys):
+    assert film(pipeline, adapter, clips, "--out", "straight") == 0
+    update = seppo.Trainer.update
+    monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: update(self, u) if u < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        film(pipeline, adapter, clips)
+    monkeypatch.setattr(seppo.Trainer, "update", update)
+    assert film(pipeline, adapter, clips) == 0
+    end = "checkpoint-4/motion_adapter/diffusion_pytorch_model.safetensors"
+    assert same(load_file(f"run/{end}"), load_file(f"straight/{end}"))
+    assert film(pipeline, adapter, clips, "--dry-run", "--out", "dry") == 0 and not Path("dry").exists()
+    dry = capsys.readouterr().out.splitlines()[-1]
+    assert film(pipeline, adapter, clips, "--out", "wet", "--steps", 1) == 0 and dry[:dry.index(";")] in capsys.readouterr().out
+    sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (seppo.load_unet(pipeline), MotionAdapter(**MOTION))]
+    assert f"{sum(sizes):.1f} M parameters, {sizes[1]:.1f} M train" in dry
+    # the next run starts from this one's motion, and plain pictures' weights from another
+    other_unet("other/unet", pipeline)
+    assert film(pipeline, adapter, clips, "--motion-adapter", "run/checkpoint-4", "--unet", "other", "--out", "next", "--steps", 1) == 0
+    assert same(load_file("next/checkpoint-0/motion_adapter/diffusion_pytorch_model.safetensors"), load_file(f"run/{end}"))
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--frames", "4"], "--frames needs --motion-adapter"), (["--frames", "1", "--motion-adapter", "x"], "2 at least"),
+    (["--train", "motion"], "--train is for clips"), (["--frames", "9", "--motion-adapter", "ADAPTER"], "knows 8 at most"),
+    (["--motion-adapter", "nowhere"], "--motion-adapter nowhere cannot be read"), (["--motion-adapter", "ADAPTER", "--data", "pickapic"], "not clips"),
+    (["--method", "dpo", "--motion-adapter", "ADAPTER", "--frames", "4"], "no losing pictures"),
+    (["--model", "mini-video", "--data", "mini", "--resolution", "16"], "not clips"),
+    (["--model", "mini", "--data", "mini-video", "--resolution", "16"], "has clips"),
+    (["--model", "mini", "--motion-adapter", "x", "--resolution", "16"], "mini-video")])
+def test_video_refusals(pipeline, adapter, clips, argv, says, capsys):
+    assert run(pipeline, clips, *(str(adapter) if word == "ADAPTER" else word for word in argv)) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1, err
+
+
+def test_evaluation_of_clips(pipeline, adapter, evaluate, scorer_weights):
+    """Picture scorers give the mean over a clip's frames; motion alone, or a whole UNet, stands beside the base."""
+    torch.manual_seed(2)
+    MotionAdapter(**MOTION).save_pretrained("run/checkpoint-2/motion_adapter")
+    UNetMotionModel.from_unet2d(seppo.load_unet(pipeline), MotionAdapter(**MOTION)).save_pretrained("whole/unet")
+    assert evaluate("--motion-adapter", adapter, "--frames", 3, "--unet", "run", "whole", "same=" + str(adapter)) == 0
+    rows = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
+    scorer = evaluation.load_scorer("clip", scorer_weights)
+    for row in rows[::4]:
+        with Image.open(Path("out", row["file"])) as strip:
+            assert strip.size == (3 * 64, 64)
+            frames = [strip.crop((64 * i, 0, 64 * i + 64, 64)) for i in range(3)]
+        assert row["clip"] == pytest.approx(scorer.score(frames, [row["prompt"]] * 3).mean().item(), abs=1e-5)
+    score = {(row["model"], row["index"]): row["clip"] for row in rows}
+    assert all(score["same", i] == score["base", i] and score["run", i] != score["base", i] != score["whole", i] for i in range(7))
+    with Image.open("out/grid.webp") as grid:
+        assert grid.n_frames == 3 and grid.width == 5 * 192
+    assert "3 frames" in Path("out/table.md").read_text()
+    assert evaluate("--motion-adapter", adapter, "--frames", 3, "--unet", "x=nowhere") == 2
+
+
+def test_the_moving_miniature(monkeypatch, capsys):
+    """Likes fall on the steadiest of four clips; and the whole path, at a size for tests."""
+    t = torch.linspace(-.5, .5, 8)
+    drift = torch.nn.functional.pad(torch.stack([t, -t], 1), (0, 3))
+    clip = lambda flaws: seppo.draw_mini(["a red disc"] * 8, flaws).transpose(0, 1)[None]
+    score = lambda flaws: seppo.mini_score(clip(flaws), ["a red disc"]).item()
+    g, jitter = torch.Generator().manual_seed(0), torch.zeros(8, 5)
+    jitter[:, :2] = .2 * torch.randn(8, 2, generator=g)
+    assert 1 >= score(drift) > 0.97 > 0.94 > score(drift + jitter) > score(drift + 2 * jitter)
+    assert seppo.mini_score(torch.zeros(1, 3, 8, 16, 16), ["a red disc"]).abs() < 0.05, "plain grey is no steady clip"
+    caption, winner, loser = seppo.open_mini("mini-video")[2](0, 0, 1)[0]
+    four = torch.stack([picture for _, picture in seppo.open_mini("mini-video-mixture")[2](0, 0, 4)])
+    assert torch.equal(winner, four[seppo.mini_score(four, [caption] * 4).argmax()]) and winner.shape == loser.shape == (3, 8, 16, 16)
+    for name, steps in (("mini-untrained", 4), ("mini-video-untrained", 2), ("mini-video", 2)):
+        monkeypatch.setitem(seppo.MINI, name, seppo.MINI[name] | dict(steps=steps, save_every=steps))
+    monkeypatch.setitem(evaluation.NAMED, "mini", 16)
+    assert seppo.main(["--model", "mini-video", "--device", "cpu"]) == 0
+    assert evaluation.main(["--model", "mini-video", "--device", "cpu"]) == 0
+    assert "| mini-video-seppo |" in capsys.readouterr().out and Path("runs/mini-video-seppo/checkpoint-2/motion_adapter").exists()
 
 
 # ---- The study ------------------------------------------------------------------------------------------------------
