@@ -456,7 +456,10 @@ MINI_BASE = "runs/{}-base-1"  # where the base models stay: count up with any ch
 MINI_DATA = ("mini", "mini-mixture", "mini-video", "mini-video-mixture")
 
 def draw_mini(captions, flaws):
-    """B captions and (B, 5) flaws (x, y in [-0.6, 0.6]; fog, blur, smallness in [0, 1]) -> (B, 3, 16, 16) in [-1, 1]."""
+    """B captions and (B, 5) flaws (x, y in [-0.6, 0.6]; fog, blur, smallness in [0, 1]) -> (B, 3, 16, 16) in [-1, 1].
+    A clip has flaws for each frame: (B, F, 5) -> (B, 3, F, 16, 16)."""
+    if flaws.ndim == 3:
+        return torch.stack([draw_mini(captions, frame) for frame in flaws.unbind(1)], 2)
     axis, words = (torch.arange(16) - 7.5) / 5.5, [caption.split() for caption in captions]
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     colour = torch.tensor([COLOURS[w[1]] for w in words])[:, :, None, None]  # (B, 3, 1, 1)
@@ -467,38 +470,31 @@ def draw_mini(captions, flaws):
 
 def mini_score(pixels, captions):
     """The miniature's taste: (B,) scores of (B, 3, 16, 16) pictures or (B, 3, F, 16, 16) clips in [-1, 1]: 1 is flawless, 0 no
-    better than plain grey. In a flawless picture the shape is in the middle; in a clip it drifts along a straight line, the one
-    that fits where it is in the frames."""
-    if pixels.ndim == 5:
-        axis, t = (torch.arange(16, device=pixels.device) - 7.5) / 5.5, torch.arange(pixels.shape[2], device=pixels.device) + 0.
-        ink = ((pixels + .9).abs().sum(1) - .6).clamp(min=1e-6)  # (B, F, 16, 16)
-        place = torch.stack([(ink.sum(2) * axis).sum(2), (ink.sum(3) * axis).sum(2)], 2) / ink.sum((2, 3))[:, :, None]  # (B, F, 2)
-        t = (t - t.mean())[:, None]
-        line = place.mean(1, keepdim=True) + t * (place * t).sum(1, keepdim=True) / t.square().sum()
-        flaws = F.pad(line.flatten(0, 1), (0, 3)).cpu()
-        captions = [caption for caption in captions for _ in t]
-    else:
-        flaws = torch.zeros(len(captions), 5)
+    better than plain grey. In a flawless picture the shape is in the middle, in a clip it drifts steadily."""
+    flaws = torch.zeros(len(captions), 5) if pixels.ndim == 4 else F.pad(steady(pixels.cpu()), (0, 3))
     ideal = draw_mini(captions, flaws).to(pixels.device)
-    frames = pixels.transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
-    score = 1 - (frames - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
-    return score.view(len(pixels), -1).mean(1)
+    return 1 - (pixels - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
+
+def steady(clips):
+    """(B, F, 2): where the shape of (B, 3, F, 16, 16) clips would be on the straight line that fits best where it is."""
+    ink, axis = ((clips + .9).abs().sum(1) - .6).clamp(min=1e-6), (torch.arange(16) - 7.5) / 5.5  # (B, F, 16, 16), (16,)
+    place = torch.stack([ink.sum(2) @ axis, ink.sum(3) @ axis], 2) / ink.sum((2, 3))[..., None]   # (B, F, 2)
+    t = torch.linspace(-1, 1, clips.shape[2])[:, None]
+    return place.mean(1, keepdim=True) + t * (place * t).sum(1, keepdim=True) / t.square().sum()
 
 @functools.lru_cache(4)
 def open_mini(name, n=2048):
-    """The miniature's data, of n captions (a quarter of n clips): `mini` has the liked picture of four and another, `mini-mixture` all, unjudged;
-    `mini-video` and `mini-video-mixture` have clips (3, F, 16, 16)."""
-    g, n, frames = torch.Generator().manual_seed(0), n // 4 if "video" in name else n, SMALL_CLIPS["frames"]
+    """The miniature's data, of n captions: `mini` has the liked picture of four and another, `mini-mixture` all, unjudged;
+    `mini-video` and `mini-video-mixture` are of clips, a quarter as many."""
+    g, n = torch.Generator().manual_seed(0), n // 4 if "video" in name else n
     captions = [CAPTIONS[i] for i in torch.randint(len(CAPTIONS), (n,), generator=g)]
-    if "video" in name:
+    if "video" in name:  # from one place to another, with more or less jitter
         start, end = (torch.rand(4, n, 1, 2, generator=g) * 1.2 - .6 for _ in "se")
-        jitter = torch.randn(4, n, frames, 2, generator=g) * torch.rand(4, n, 1, 1, generator=g) * .4
-        places = start + (end - start) * torch.linspace(0, 1, frames)[:, None] + jitter  # (4, n, F, 2)
-        pictures = torch.stack([draw_mini([c for c in captions for _ in range(frames)], F.pad(p.flatten(0, 1), (0, 3))).unflatten(
-            0, (n, frames)).transpose(1, 2) for p in places], 1)  # (n, 4, 3, F, 16, 16)
+        jitter = torch.randn(4, n, SMALL_CLIPS["frames"], 2, generator=g) * torch.rand(4, n, 1, 1, generator=g) * .4
+        flaws = F.pad(start + (end - start) * torch.linspace(0, 1, SMALL_CLIPS["frames"])[:, None] + jitter, (0, 3))  # (4, n, F, 5)
     else:
         flaws = torch.rand(4, n, 5, generator=g) * torch.tensor([1.2, 1.2, 1, 1, 1]) - torch.tensor([.6, .6, 0, 0, 0])
-        pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, 16, 16)
+    pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, [F,] 16, 16)
     best = torch.stack([mini_score(p, captions) for p in pictures.unbind(1)], 1).argmax(1).tolist()
     rows = [(c, picture) for c, four in zip(captions, pictures) for picture in four] if "mixture" in name else [
         (c, four[i], four[i - 1]) for c, four, i in zip(captions, pictures, best)]
@@ -818,17 +814,16 @@ def plan(o, data, unet):
             f"activations; disk for {checkpoints} checkpoints {checkpoints * trained:.2f} GB, to resume from {3 * trained:.2f}")
 
 def how_to_load(o):
-    net, part = (("MotionAdapter", "motion_adapter") if o.train == "motion" else ("UNetMotionModel", "unet")) if o.frames else (
-        "UNet2DConditionModel", "unet")
-    pipe = f"{'AnimateDiff' if o.frames else 'StableDiffusion'}Pipeline"
-    name, also = MOVED.get(o.model, o.model), ""
+    name, pipe, net, part, more = MOVED.get(o.model, o.model), "StableDiffusionPipeline", "UNet2DConditionModel", "unet", ""
     if o.frames:
-        also = "motion_adapter=None, " * (part == "unet") + (
-            f'scheduler=DDIMScheduler.from_pretrained("{name}", subfolder="scheduler", '
-            + ", ".join(f"{k}={json.dumps(v).title() if isinstance(v, bool) else json.dumps(v)}" for k, v in ANIMATEDIFF.items()) + ")")
-    return (f"\nTo load it:\n  from diffusers import {pipe}, {net}" + ", DDIMScheduler" * bool(o.frames)
-            + f'\n  {part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{part}")'
-            + f'\n  pipe = {pipe}.from_pretrained("{name}", {part}={part}{", " * bool(also)}{also})' * (o.model not in MINI))
+        pipe, net = "AnimateDiffPipeline", "UNetMotionModel"
+        more = (f', scheduler=DDIMScheduler.from_pretrained("{name}", subfolder="scheduler", beta_schedule="linear", clip_sample=False, '
+                'timestep_spacing="linspace")' + ", motion_adapter=None" * (o.train == "all"))
+    if o.train == "motion":
+        net, part = "MotionAdapter", "motion_adapter"
+    return (f'\nTo load it:\n  from diffusers import {net}, {pipe}{", DDIMScheduler" * bool(o.frames)}\n'
+            f'  {part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{part}")'
+            + f'\n  pipe = {pipe}.from_pretrained("{name}", {part}={part}{more})' * (o.model not in MINI))
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
