@@ -464,13 +464,13 @@ def draw_curves(runs, path, window=10):
         with reading(f"--runs {run}", "it takes the folders of runs"):
             lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
             need(lines, f"--runs {run} has logged nothing yet")
-            updates = [line["update"] for line in lines]
             for axis, (title, keys) in zip(axes.flat, panels.items()):
                 axis.set(title=f"{title}, mean of {window} updates", xlabel="update")
                 for key, style in zip(keys, ("-", "--", ":")):
-                    values = [line[key] for line in lines if line[key] is not None]  # SFT has no reference
-                    smooth = [sum(values[max(0, n - window):n]) / min(n, window) for n in range(1, len(values) + 1)]
-                    if values:
+                    points = [(line["update"], line[key]) for line in lines if line[key] is not None]  # SFT has no reference
+                    if points:
+                        updates, values = zip(*points)
+                        smooth = [sum(values[max(0, n - window):n]) / min(n, window) for n in range(1, len(values) + 1)]
                         axis.plot(updates, smooth, style, color=f"C{i}", label=f"{Path(run).name}: {key}")
                         axis.legend(fontsize=7)
     with whole(path) as file:

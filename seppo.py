@@ -15,6 +15,7 @@ one JSON object per update) and the safety checker (it judges pictures; training
 """
 import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math
 import os, random, re, shutil, sys, threading, time, warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -551,8 +552,8 @@ ADAMW, CLIP, WARMUP = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2), 1.0
 # dtype of the error passes under autocast (beta amplifies rounding, and bf16's is larger than the signal; fp16 needs loss scaling), and
 # of what only generates, encodes and decodes (rounding is harmless there, so a half-precision copy of the reference generates)
 DTYPES = {"fp32": (None, torch.float32), "tf32": (None, torch.float16), "fp16": (torch.float16,) * 2, "bf16": (torch.bfloat16,) * 2}
-STATISTICS = ("loss", "logit", "implicit_acc", "policy_w", "reference_w", "policy_r", "reference_r",
-              "sign_neg", "sign_zero", "sign_pos")
+STATISTICS = ("loss", "logit", "policy_w", "reference_w", "sign_neg", "sign_zero", "sign_pos",
+              "implicit_acc", "policy_r", "reference_r")  # the last three of pairs only
 PHASES = ("data", "encode", "generate", "train")
 
 class Trainer:
@@ -590,22 +591,37 @@ class Trainer:
                 self.generator.load_state_dict(self.reference.state_dict())
             self.index = index
 
-    def losses(self, x, eps, t, context):
-        """-> (B,) losses, and a dict of (B,) STATISTICS. Without a reference (SFT) the loss is the winner's error itself.
+    def errors(self, x, eps, t, context):
+        """-> (n B,) errors of policy and reference (None without one) on one numeric path: function, dtype, kernels, batch shape.
         x: (n B, *shape), the winners and, if n is 2, what stands for the losers. eps, t, context: (B, ...), shared."""
         n = len(x) // len(t)
         args = (self.codec.scheduler, x, *(v.repeat(n, *[1] * (v.ndim - 1)) for v in (eps, t, context)))
-        with self.autocast():  # policy and reference on one numeric path: function, dtype, kernels, batch shape
+        with self.autocast():
             policy = denoising_error(self.policy, *args)
-        if not self.reference:
+            with torch.no_grad():
+                return policy, self.reference and denoising_error(self.reference, *args)
+
+    def losses(self, x, eps, t, context):
+        """-> (B,) losses, and a dict of (B,) STATISTICS; arguments as above. Winners alone speak as where the sign is 0, or,
+        without a reference (SFT), their error itself is the loss."""
+        policy, reference = self.errors(x, eps, t, context)
+        if reference is None:
             return policy, {"loss": policy, "policy_w": policy}
-        with self.autocast(), torch.no_grad():
-            reference = denoising_error(self.reference, *args)
-        (policy_w, policy_r), (reference_w, reference_r) = policy.chunk(2), reference.chunk(2)
-        loss, d = seppo_loss(policy_w, reference_w, policy_r, reference_r, self.o.beta, self.o.flip)
+        paired, zeros = len(x) > len(t), torch.zeros(len(t), device=x.device)
+        (policy_w, policy_r), (reference_w, reference_r) = ((*m.split(len(t)), zeros)[:2] for m in (policy, reference))
+        loss, d = seppo_loss(policy_w, reference_w, policy_r, reference_r, self.o.beta, self.o.flip, sign=None if paired else zeros)
         accuracy = (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2  # a draw counts half
-        return loss, dict(zip(STATISTICS, (loss, d["logit"], accuracy, policy_w, reference_w, policy_r, reference_r,
-                                           d["sign"] < 0, d["sign"] == 0, d["sign"] > 0)))
+        found = dict(zip(STATISTICS, (loss, d["logit"], policy_w, reference_w, d["sign"] < 0, d["sign"] == 0, d["sign"] > 0,
+                                      accuracy, policy_r, reference_r)))
+        return loss, found if paired else {k: found[k] for k in STATISTICS[:7]}
+
+    @torch.no_grad()
+    def pairs_first(self, x_w, eps, t, context):
+        """What the anchor says, evaluated before anything is generated: indices of the winners whose sign is +1, then of those
+        that need no reference sample under --flip indicator. The former's share of the generation is all there is to do."""
+        parts = zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context)))
+        policy, reference = (torch.cat(m) for m in zip(*(self.errors(*part) for part in parts)))
+        return (policy < reference).nonzero()[:, 0], (policy >= reference).nonzero()[:, 0]
 
     def check_numeric_path(self):
         """With equal weights s_w and s_r must be exactly 0, or beta makes preferences out of rounding."""
@@ -618,33 +634,38 @@ class Trainer:
 
     def gradients(self, update):
         """Accumulate the gradient of one update's mean loss -> statistics (means), rows replaced, seconds by phase."""
-        o, sums, skipped, marks = self.o, {}, 0, [now(self.device)]
+        o, sums, counts, skipped, marks = self.o, Counter(), Counter(), 0, [now(self.device)]
         everything = range(update * o.batch_size, (update + 1) * o.batch_size)
-        G, size = o.generate_batch, max(o.generate_batch, o.micro_batch)
+        G, size, batches = o.generate_batch, max(o.generate_batch, o.micro_batch), lambda i, n: i.split(n) if len(i) else ()
         for positions in (everything[i:i + size] for i in range(0, o.batch_size, size)):
             captions, winners, losers, attempts = zip(*self.data.pool.map(self.data.fetch, positions))
             skipped += sum(attempts)
             t, dropped, eps, noise_w, noise_r = (
                 v.to(self.device) for v in draws(o.seed, positions, self.shape, self.T, o.caption_dropout))
             marks.append(now(self.device))
-            context = self.codec.encode_text(list(captions))
-            x = [self.codec.encode(torch.stack(winners).to(self.device), noise_w)]  # (B, C, h, w)
+            asked = self.codec.encode_text(list(captions))
+            context = torch.where(dropped[:, None, None], self.null, asked)  # dropout is alike for all four errors
+            x_w = self.codec.encode(torch.stack(winners).to(self.device), noise_w)  # (B, C, h, w)
+            pairs, alone = torch.arange(len(t), device=self.device), []
             if o.loser == "data":
-                x.append(self.codec.encode(torch.stack(losers).to(self.device), noise_r))
+                x_r = self.codec.encode(torch.stack(losers).to(self.device), noise_r)
             marks.append(now(self.device))
-            if o.loser == "generated":  # for the real caption; dropout comes after, alike for all four errors
-                x.append(torch.cat([self.sample(self.generator, noise=noise_r[i:i + G], context=context[i:i + G])
-                                    for i in range(0, len(positions), G)]))
-            context = torch.where(dropped[:, None, None], self.null, context)
+            if o.loser == "generated":  # for the real caption
+                if o.flip == "indicator":
+                    pairs, alone = self.pairs_first(x_w, eps, t, context)
+                x_r = torch.zeros_like(x_w)
+                for i in batches(pairs, G):
+                    x_r[i] = self.sample(self.generator, noise=noise_r[i], context=asked[i])
             marks.append(now(self.device))
-            for i in range(0, len(positions), o.micro_batch):
-                part = slice(i, i + o.micro_batch)
-                losses, statistics = self.losses(torch.cat([v[part] for v in x]), eps[part], t[part], context[part])
+            for i, paired in [(i, o.loser != "none") for i in batches(pairs, o.micro_batch)] + [(i, False) for i in batches(alone, o.micro_batch)]:
+                losses, statistics = self.losses(torch.cat([x_w[i], x_r[i]]) if paired else x_w[i], eps[i], t[i], context[i])
                 self.scaler.scale(losses.sum() / o.batch_size).backward()
-                sums = {k: sums.get(k, 0) + v.detach().sum() for k, v in statistics.items()}
+                sums.update({k: v.detach().sum() for k, v in statistics.items()})
+                counts.update({k: len(i) for k in statistics})
             marks.append(now(self.device))
         seconds = {f"seconds_{name}": sum(b - a for a, b in zip(marks[i::4], marks[i + 1::4])) for i, name in enumerate(PHASES)}
-        return dict(zip(sums, (torch.stack([*sums.values()]) / o.batch_size).tolist())), skipped, seconds
+        means = torch.stack([sums[k] / counts[k] for k in sums]).tolist()
+        return dict(zip(sums, means)), skipped, seconds
 
     def update(self, update):
         """One update -> its metrics. An overflow of the loss scaling lowers the scale and redoes it, with the same draws."""
@@ -754,7 +775,7 @@ def train(o):
             # Is it learning? The winners' error and what it is against the reference's, who is preferred, the share of flips.
             shown = {"winner": m["policy_w"]} | ({} if not trainer.reference else {
                 "-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]})
-            smooth = {k: .9 * smooth.get(k, v) + .1 * v for k, v in shown.items()}
+            smooth |= {k: .9 * smooth.get(k, v) + .1 * v for k, v in shown.items() if v is not None}
             bar.set_postfix({k: f"{v:.3g}" for k, v in smooth.items()} | {k: m[k] for k in ("reference", "skipped_rows") if m[k]})
     if not o.model.endswith("-untrained"):
         print(f"Done. {o.out}/samples/step-{o.steps}.{'webp' if o.frames else 'png'} shows the base model above, the policy below."

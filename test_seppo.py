@@ -411,8 +411,38 @@ def test_updates_equal_a_plain_rewrite(pipeline, tmp_path):
 def test_methods_run(pipeline, tmp_path, method):
     assert run(pipeline, write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), "--method", method) == 0
     last = metrics()[-1]
+    if method == "sspo":  # at first there is no reference sample: the reference is the policy
+        assert metrics()[0]["sign_zero"] == 1 and metrics()[0]["policy_r"] is None and metrics()[0]["policy_w"] > 0
     assert {"sspo": last["sign_neg"] == 0, "spin": last["sign_pos"] == 1 and last["reference"] == 1,
             "dpo": last["sign_pos"] == 1 and last["reference"] == 0, "sft": last["loss"] == last["policy_w"] and last["policy_r"] is None}[method]
+
+
+def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypatch):
+    """The anchor first, then samples only where its sign is +1: the update of the plain order, which generates them all."""
+    data, sizes, norms = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(16)), [], []
+    sample, gradients, first = seppo.sample, seppo.Trainer.gradients, seppo.Trainer.pairs_first
+
+    def both(self, update):
+        statistics, *rest = gradients(self, update)
+        now = [p.grad.clone() for p in self.trained.values()]
+        ours, sizes[:] = sum(sizes), []
+        with monkeypatch.context() as patch:
+            patch.setattr(seppo.Trainer, "pairs_first", lambda self, x, *_: (torch.arange(len(x)), torch.arange(0)))
+            self.optimizer.zero_grad()
+            plain, *_ = gradients(self, update)
+        assert ours == round(16 * plain["sign_pos"]) and sum(sizes) == 16
+        far, norm = (math.sqrt(sum(p.square().sum() for p in ps)) for ps in ([p.grad - n for p, n in zip(self.trained.values(), now)], now))
+        norms.append(far / norm)
+        for k in ("loss", "logit", "policy_w", "reference_w", "sign_zero", "sign_pos"):
+            assert statistics[k] == pytest.approx(plain[k], rel=1e-5, abs=1e-6), k
+        sizes.clear()
+        return statistics, *rest
+
+    monkeypatch.setattr(seppo, "sample", lambda unet, *args, **options: sizes.append(len(options["noise"])) or sample(unet, *args, **options))
+    monkeypatch.setattr(seppo.Trainer, "grid", lambda self, update: None)
+    monkeypatch.setattr(seppo.Trainer, "gradients", both)
+    assert run(pipeline, data, "--method", "sspo", "--batch-size", 16, "--micro-batch", 4, "--generate-batch", 6) == 0
+    assert len(norms) == 4 and max(norms) < 1e-4, norms
 
 
 def test_what_saves_memory_does_not_change_an_update(pipeline, tmp_path, monkeypatch):
@@ -975,7 +1005,7 @@ def test_curves(capsys, monkeypatch):
     with Image.open("here/curves.png") as image:
         assert image.width > 800
     first = next((x, y) for x, y, label in drawn if label == "a: policy_w")
-    assert first[0] == list(range(1, 31)) and first[1][0] == 1 and first[1][-1] == pytest.approx(3.45), "the mean of the last ten"
+    assert first[0] == (*range(1, 31),) and first[1][0] == 1 and first[1][-1] == pytest.approx(3.45), "the mean of the last ten"
     assert len(drawn) == 8 + 1, "SFT has no reference to draw"
     assert not Path("here/table.md").exists()
     assert evaluation.main(["--runs", "nowhere", "--out", "here"]) == 2 and "--runs nowhere" in capsys.readouterr().err
