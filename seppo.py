@@ -14,7 +14,7 @@ the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weig
 one JSON object per update) and the safety checker (it judges pictures; training never leaves latent space).
 """
 import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math
-import os, random, re, shutil, sys, threading, time, warnings
+import os, random, re, shutil, sys, tempfile, threading, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -285,7 +285,7 @@ def read_clip(clip, frames, start):
 def open_data(o):
     """--data: a miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
     folder = Path(o.data).is_dir() and not any(Path(o.data).rglob("*.parquet"))
-    source = open_mini if o.data in MINI_DATA else functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet
+    source = open_mini if o.data in MINI_DATA else open_random if o.data == "random" else functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet
     need(folder or bool(o.frames) == (o.data in MINI_DATA[2:]), f"--data {o.data} has {'pictures, not ' * bool(o.frames)}clips")
     return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners, o.frames)
 
@@ -303,6 +303,15 @@ def open_folder(name, clips=False):
             rows = [(c.read_text("utf-8", "replace") if (c := p.with_suffix(".txt")).exists() else None, p) for p in pictures]
         if not any(caption for caption, _ in rows):
             raise ValueError(f"no captioned {'clips' if clips else 'pictures'}")
+    return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
+
+def open_random(name):
+    """`random`: pairs of JPEGs of noise, for --model random-sd15."""
+    def jpeg(seed):
+        file, noise = io.BytesIO(), torch.randint(256, (3 * 64 * 64,), generator=torch.Generator().manual_seed(seed))
+        Image.frombytes("RGB", (64, 64), bytes(noise.tolist())).resize((768, 768)).save(file, "JPEG")
+        return file.getvalue()
+    rows = [(f"picture {i}", jpeg(2 * i), jpeg(2 * i + 1)) for i in range(16)]
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
 
 def open_parquet(name):
@@ -358,13 +367,10 @@ def framewise(method):
 class StableDiffusion:
     """What stands between pictures, captions and a Stable Diffusion UNet: VAE, CLIP text encoder, noise schedule."""
 
-    def __init__(self, folder, device, dtype):
-        self.tokenizer = load_tokenizer(transformers.CLIPTokenizer, folder, subfolder="tokenizer")
-        self.text = load_whole(transformers.CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype).to(device)
-        self.vae = load_whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False).to(device)
+    def __init__(self, tokenizer, text, vae, scheduler, device):
+        self.tokenizer, self.text, self.vae, self.scheduler = tokenizer, text.to(device), vae.to(device), scheduler
         self.text.requires_grad_(False), self.vae.requires_grad_(False)
         self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
-        self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         self.channels, self.width = self.vae.config.latent_channels, self.text.config.hidden_size
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent: 8
 
@@ -381,6 +387,27 @@ class StableDiffusion:
     @framewise
     def decode(self, latents):  # back, clamped to [-1, 1]
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+def load_stable_diffusion(folder, device, dtype):
+    return load_unet(folder), StableDiffusion(
+        load_tokenizer(transformers.CLIPTokenizer, folder, subfolder="tokenizer"),
+        load_whole(transformers.CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype),
+        load_whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False),
+        DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), device)
+
+def random_sd15(device, dtype):
+    """--model random-sd15: Stable Diffusion 1.5's architecture with random weights. It costs what the real one costs, and needs
+    no download: for --time, and to try things out."""
+    torch.manual_seed(0)
+    tokenizer = lambda captions, **_: argparse.Namespace(input_ids=torch.stack(  # no words either
+        [torch.randint(49408, (77,), generator=torch.Generator().manual_seed(key(caption))) for caption in captions]))
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12))
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012)
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768), StableDiffusion(
+        tokenizer, text.to(dtype), vae.to(dtype), scheduler, device)
 
 def load_whole(kind, *args, **options):
     """kind.from_pretrained, which of itself leaves weights that a file lacks at random, and says nothing."""
@@ -407,11 +434,13 @@ def load_models(o):
     """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError."""
     if o.model in MINI:
         unet, codec = load_mini(o.model, o.device), Miniature(o.device)
+    elif o.model == "random-sd15":
+        unet, codec = random_sd15(o.device, DTYPES[o.dtype][1])
     else:
         with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
             folder = o.model if Path(o.model).is_dir() else diffusers.DiffusionPipeline.download(
                 MOVED.get(o.model, o.model), safety_checker=None, feature_extractor=None)
-            unet, codec = load_unet(folder), StableDiffusion(folder, o.device, DTYPES[o.dtype][1])
+            unet, codec = load_stable_diffusion(folder, o.device, DTYPES[o.dtype][1])
     takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
     need(takes == gives and not unet.config.addition_embed_type and codec.scheduler.config.prediction_type != "sample",
          f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
@@ -429,7 +458,8 @@ def load_models(o):
         need(o.frames <= longest, f"--frames {o.frames}: this motion adapter knows {longest} at most")
     if o.train == "motion":
         unet.freeze_unet2d_params()
-    return unet.to(o.device).eval(), codec  # eval: dropout would part policy and reference
+    layout = torch.preserve_format if o.device == "cpu" else torch.channels_last  # what a GPU's convolutions work in
+    return unet.to(o.device, memory_format=layout).eval(), codec  # eval: dropout would part policy and reference
 
 @torch.no_grad()
 def load_weights(unet, folder):
@@ -573,6 +603,8 @@ class Trainer:
         side = o.resolution // self.codec.factor
         self.shape = (self.codec.channels, *[o.frames] * bool(o.frames), side, side)  # of one sample's latents
         self.T, self.null = self.codec.scheduler.config.num_train_timesteps, self.codec.encode_text([""])  # null: (1, tokens, width)
+        # compiled graphs with and without gradients round differently: the error passes must not be compiled
+        self.draws_with = torch.compile(self.generator) if o.compile and self.generator else self.generator
         self.sample = functools.partial(sample, scheduler=self.codec.scheduler, null=self.null, solver=o.solver,
                                         steps=o.sampler_steps, guidance=o.guidance)
         self.autocast = functools.partial(torch.autocast, self.device.type, autocast, bool(autocast))
@@ -634,37 +666,40 @@ class Trainer:
 
     def gradients(self, update):
         """Accumulate the gradient of one update's mean loss -> statistics (means), rows replaced, seconds by phase."""
-        o, sums, counts, skipped, marks = self.o, Counter(), Counter(), 0, [now(self.device)]
+        o, sums, counts, skipped, marks = self.o, Counter(), Counter(), 0, [mark(self.device)]
         everything = range(update * o.batch_size, (update + 1) * o.batch_size)
         G, size, batches = o.generate_batch, max(o.generate_batch, o.micro_batch), lambda i, n: i.split(n) if len(i) else ()
-        for positions in (everything[i:i + size] for i in range(0, o.batch_size, size)):
-            captions, winners, losers, attempts = zip(*self.data.pool.map(self.data.fetch, positions))
-            skipped += sum(attempts)
+        chunks = [everything[i:i + size] for i in range(0, o.batch_size, size)]
+        fetch = lambda chunk: [self.data.pool.submit(self.data.fetch, position) for position in chunk]
+        ahead = fetch(chunks[0])
+        for positions, following in zip(chunks, [*chunks[1:], ()]):
+            captions, winners, losers, attempts = zip(*(row.result() for row in ahead))
+            skipped, ahead = skipped + sum(attempts), fetch(following)  # while this chunk is worked on
             t, dropped, eps, noise_w, noise_r = (
                 v.to(self.device) for v in draws(o.seed, positions, self.shape, self.T, o.caption_dropout))
-            marks.append(now(self.device))
+            marks.append(mark(self.device))
             asked = self.codec.encode_text(list(captions))
             context = torch.where(dropped[:, None, None], self.null, asked)  # dropout is alike for all four errors
             x_w = self.codec.encode(torch.stack(winners).to(self.device), noise_w)  # (B, C, h, w)
             pairs, alone = torch.arange(len(t), device=self.device), []
             if o.loser == "data":
                 x_r = self.codec.encode(torch.stack(losers).to(self.device), noise_r)
-            marks.append(now(self.device))
+            marks.append(mark(self.device))
             if o.loser == "generated":  # for the real caption
                 if o.flip == "indicator":
                     pairs, alone = self.pairs_first(x_w, eps, t, context)
                 x_r = torch.zeros_like(x_w)
                 for i in batches(pairs, G):
-                    x_r[i] = self.sample(self.generator, noise=noise_r[i], context=asked[i])
-            marks.append(now(self.device))
+                    x_r[i] = self.sample(self.draws_with, noise=noise_r[i], context=asked[i])
+            marks.append(mark(self.device))
             for i, paired in [(i, o.loser != "none") for i in batches(pairs, o.micro_batch)] + [(i, False) for i in batches(alone, o.micro_batch)]:
                 losses, statistics = self.losses(torch.cat([x_w[i], x_r[i]]) if paired else x_w[i], eps[i], t[i], context[i])
                 self.scaler.scale(losses.sum() / o.batch_size).backward()
                 sums.update({k: v.detach().sum() for k, v in statistics.items()})
                 counts.update({k: len(i) for k in statistics})
-            marks.append(now(self.device))
-        seconds = {f"seconds_{name}": sum(b - a for a, b in zip(marks[i::4], marks[i + 1::4])) for i, name in enumerate(PHASES)}
-        means = torch.stack([sums[k] / counts[k] for k in sums]).tolist()
+            marks.append(mark(self.device))
+        means = torch.stack([sums[k] / counts[k] for k in sums]).tolist()  # the first time that the CPU waits for the GPU
+        seconds = {f"seconds_{name}": sum(map(elapsed, marks[i::4], marks[i + 1::4])) for i, name in enumerate(PHASES)}
         return dict(zip(sums, means)), skipped, seconds
 
     def update(self, update):
@@ -781,10 +816,20 @@ def train(o):
         print(f"Done. {o.out}/samples/step-{o.steps}.{'webp' if o.frames else 'png'} shows the base model above, the policy below."
               + " python eval.py scores both." * (o.model == "mini") + how_to_load(o))
 
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def mark(device):
+    """A point in time: on a GPU in its queue, which nothing has to wait for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+def elapsed(a, b):
+    """Seconds between two marks."""
+    if isinstance(a, float):
+        return b - a
+    b.synchronize()
+    return a.elapsed_time(b) / 1000
 
 def peak_gb(device):
     if device.type == "cuda":
@@ -822,6 +867,43 @@ def claim(o, data={}, begin=False):
                 file.write_text(json.dumps({"options": now, "versions": versions}, indent=1))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--out {out} cannot be used: {error}") from error
+
+def measure(whole_run):
+    """--time: what a run as configured would take on this machine, from its first micro-batches; the first of two warms up."""
+    from torch.utils.flop_counter import FlopCounterMode
+    o, checkpoints = copy.copy(whole_run), len({*range(0, whole_run.steps, whole_run.save_every), whole_run.steps})
+    o.batch_size, o.sampler_steps = max(o.generate_batch, o.micro_batch), min(2, o.sampler_steps)  # a solver's steps are all alike
+    o.flip = "none" if o.flip == "indicator" else o.flip  # at equal weights it would generate nothing
+    with tempfile.TemporaryDirectory(dir=next(p for p in Path(o.out).absolute().parents if p.is_dir())) as o.out:
+        trainer = Trainer(o, open_data(o))
+        point, x = functools.partial(mark, trainer.device), torch.randn(1, *trainer.shape, device=trainer.device)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            predict(trainer.policy, x, torch.zeros(1, dtype=torch.long, device=x.device), trainer.null)
+        for _ in range(2):
+            trainer.optimizer.zero_grad()
+            seconds, start = trainer.gradients(0)[2], point()
+            trainer.optimizer.step()
+            optimizer = elapsed(start, point())
+        start = time.perf_counter()
+        trainer.save(1)
+        save = time.perf_counter() - start
+    n, dtype, products = 8192 if x.is_cuda else 2048, DTYPES[o.dtype][0] or torch.float32, []
+    a = torch.randn(n, n, device=x.device, dtype=dtype)
+    for _ in range(5):
+        start = point()
+        a @ a
+        products.append(elapsed(start, point()))
+    peak, forward = 2e-12 * n ** 3 / min(products), counter.get_total_flops() / 1e12  # TFLOP/s; TFLOP
+    seconds = {phase: seconds[f"seconds_{phase}"] / o.batch_size for phase in PHASES}
+    seconds["generate"] *= whole_run.sampler_steps / o.sampler_steps
+    passes = {"generate": whole_run.sampler_steps * (1 + (o.guidance != 1)), "train": 3 if o.loser == "none" else 8}  # a backward is 2
+    print(plan(whole_run, trainer.data, trainer.policy) + f"\nOn {torch.cuda.get_device_name(x.device) if x.is_cuda else 'this CPU'}, for a winner:")
+    for phase, each in seconds.items():
+        speed = passes.get(phase, 0) * forward / max(each, 1e-9)
+        print(f"  {phase:9} {each:9.4f} s" + f", {speed:.3g} TFLOP/s, {speed / peak:.0%} of a matrix product's" * (each > 1e-6 and speed > 0))
+    total = whole_run.steps * (whole_run.batch_size * sum(seconds.values()) + optimizer) + checkpoints * save
+    print(f"an update's optimizer step {optimizer:.3f} s, a checkpoint {save:.2f} s, peak memory {peak_gb(x.device) or 0:.2f} GB; a matrix product "
+          f"({n} x {n}, {str(dtype)[6:]}) {peak:.3g} TFLOP/s\nthe whole run on this device alone: {total / 3600:.3g} hours")
 
 def plan(o, data, unet):
     """The resolved options and what follows from them, in words."""
@@ -878,6 +960,7 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("batch-size", 2048, "winners per update, over all devices"),
     ("micro-batch", 1, "winners per forward pass: lower it when memory runs out, the result stays"),
     ("generate-batch", 16, "reference samples generated at a time [1 with --motion-adapter]"),
+    ("compile", False, "generate with a compiled UNet: faster after some minutes"),
     ("gradient-checkpointing", False, "compute activations again in the backward pass: far less memory, a third more training time"),
     ("lr", 2.048e-5, "learning rate after the warm-up; nothing scales it"),
     ("solver", "dpm++", "the diffusers scheduler that makes reference samples", SOLVERS),
@@ -886,6 +969,7 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("seed", 0, "of everything drawn"),
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
     ("dtype", str, "of the error passes [fp16 with loss scaling on a GPU, fp32 on a CPU]", DTYPES),
+    ("time", False, "measure what a run as configured would take on this machine, then stop"),
     ("dry-run", False, "print the resolved options and what follows from them, then stop"),
     ("resume-from-checkpoint", str, "of no effect: the same command resumes anyway"),
 )
@@ -899,7 +983,7 @@ MINI = {  # what the miniature changes: it is small, and its errors are far larg
     "mini-video": SMALL_CLIPS | dict(steps=60, save_every=12, lr=3e-4, beta=5.0, data="mini-video"),
     "mini-video-untrained": SMALL_CLIPS | dict(steps=300, save_every=300, lr=1e-3, data="mini-video-mixture", method="sft", train="all"),
 }
-MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "gradient_checkpointing", "device", "resume_from_checkpoint")  # when resuming
+MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "gradient_checkpointing", "compile", "time", "device", "resume_from_checkpoint")  # when resuming
 ALIASES = {"--pretrained-model-name-or-path": "--model", "--dataset-name": "--data", "--max-train-samples": "--max-winners",
            "--num-frames": "--frames", "--output-dir": "--out", "--max-train-steps": "--steps", "--checkpointing-steps": "--save-every",
            "--learning-rate": "--lr", "--guidance-scale": "--guidance", "--mixed-precision": "--dtype"}
@@ -930,7 +1014,7 @@ def resolve(argv=None):
     """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
     given = parse(OPTIONS, argv, "SePPO: align a diffusion model with liked pictures.")
     model = given.get("model", PAPER["model"])
-    defaults = PAPER | MINI.get(model, {}) | (CLIPS if given.get("motion_adapter") else {})
+    defaults = PAPER | MINI.get(model, {}) | ({"data": "random"} if model == "random-sd15" else {}) | (CLIPS if given.get("motion_adapter") else {})
     defaults |= METHODS[given.get("method", defaults["method"])]
     o = argparse.Namespace(**defaults | given)
     o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
@@ -950,7 +1034,7 @@ def check(o):
     need(o.frames != 1, "--frames must be 2 at least")
     need(not o.motion_adapter or o.model not in MINI, "--motion-adapter is not for the miniature: take --model mini-video")
     for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and name not in ("seed", "caption_dropout", "fresh", "dry_run", "gradient_checkpointing"):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in ("seed", "caption_dropout"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     multiple = 8 if o.model in MINI else 64
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
@@ -971,10 +1055,10 @@ def begin(argv):
     if o.model in MOVED and not Path(o.model).is_dir():
         print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
     if not o.dry_run:
-        return train(o)
+        return measure(o) if o.time else train(o)
     with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"), torch.device("meta"):
-        unet = load_mini("mini-untrained") if o.model in MINI else UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(MOVED.get(o.model, o.model), subfolder="unet"))
+        unet = load_mini("mini-untrained") if o.model in MINI else random_sd15("meta", torch.float32)[0] if o.model == "random-sd15" else (
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(MOVED.get(o.model, o.model), subfolder="unet")))
         if o.frames:
             unet = UNetMotionModel.from_unet2d(unet, MotionAdapter(**MINI_MOTION) if o.model in MINI else MotionAdapter.from_config(
                 MotionAdapter.load_config(o.motion_adapter)))
