@@ -491,6 +491,59 @@ def test_numeric_path_is_checked(pipeline, tmp_path, monkeypatch, capsys):
     assert run(pipeline, data) == 2 and "one numeric path" in capsys.readouterr().err
 
 
+def test_time_tells_in_advance(pipeline, tmp_path, capsys):
+    """--time: all phases, speeds, and hours that follow from them; the run's own folder stays untouched."""
+    data = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8))
+    assert run(pipeline, data, "--time", "--sampler-steps", 20, "--steps", 1000, "--method", "sspo") == 0
+    said = capsys.readouterr().out
+    each = {phase: float(re.search(rf"{phase} +([\d.]+) s", said).group(1)) for phase in seppo.PHASES}
+    step, save = map(float, re.search(r"step ([\d.]+) s, a checkpoint ([\d.]+) s", said).groups())
+    hours = (1000 * (4 * sum(each.values()) + step) + 501 * save) / 3600  # 0, 2, 4, ..., 1000
+    assert float(re.search(r"alone: (\S+) hours", said).group(1)) == pytest.approx(hours, rel=0.05)
+    assert each["generate"] > 3 * each["encode"] and said.count("of a matrix product's") == 2 and "sampler-steps 20" in said
+    unet = seppo.load_unet(pipeline)
+    x, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, 77, 16)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        unet(x, 0, context)
+    rates = [float(rate) * 1e12 for rate in re.findall(r"s, (\S+) TFLOP/s, ", said)]
+    for rate, phase, passes in zip(rates, ("generate", "train"), (40, 8)):
+        assert rate == pytest.approx(passes * counter.get_total_flops() / each[phase], rel=0.05), phase
+    assert not Path("run").exists() and sorted(p.name for p in Path().iterdir()) == ["pairs.parquet"]
+
+
+def test_random_weights_of_sd15():
+    """As many weights as Stable Diffusion 1.5 has: 859.5 M, 123.1 M, 83.7 M."""
+    with torch.device("meta"):
+        unet, codec = seppo.random_sd15("meta", torch.float32)
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (unet, codec.text, codec.vae)]
+    assert sizes == [859_520_964, 123_060_480, 83_653_863]
+    ids = codec.tokenizer(["a", "b", "a"]).input_ids
+    assert ids.shape == (3, 77) and torch.equal(ids[0], ids[2]) and not torch.equal(ids[0], ids[1])
+    data = seppo.open_data(seppo.resolve(["--model", "random-sd15", "--device", "cpu"]))
+    assert data.fetch(3)[1].shape == (3, 512, 512)
+
+
+def test_only_generation_is_compiled(pipeline, tmp_path, monkeypatch):
+    """--compile: the same run, through a compiled generator; the error passes see the plain nets."""
+    data, compiled = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), []
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, *args, **options):
+            assert not torch.is_grad_enabled()
+            compiled.append(1)
+            return self.net(*args, **options)
+
+    assert run(pipeline, data) == 0
+    monkeypatch.setattr(torch, "compile", Compiled)
+    assert run(pipeline, data, "--compile", "--out", "fast") == 0
+    assert len(compiled) == 4 * 2, "4 updates of one generate-batch, 2 steps"
+    assert same(weights("run/checkpoint-4/unet"), weights("fast/checkpoint-4/unet"))
+
+
 def test_unet_option(pipeline, tmp_path, capsys):
     data = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8))
     assert run(pipeline, data) == 0
@@ -1456,3 +1509,37 @@ def test_slow_two_processes_give_the_same_table(pipeline, scorer_weights, evalua
     assert pictures("one") == pictures("two") and done.stdout.count("| base |") == 1
     for name in ("table.md", "scores.jsonl"):
         assert Path("one", name).read_text() == Path("two", name).read_text()
+
+
+@slow
+def test_slow_precision_decides_the_sign(capsys):
+    """At Stable Diffusion 1.5's size (random weights, 64 pixels on a CPU, 512 on a GPU): how far each dtype's logit is from fp32's,
+    and how many signs agree, for policies as far from the reference as a random walk of 1, 30 and 200 steps of lr 2.048e-5 leads."""
+    gpu, n, beta = torch.cuda.is_available(), 16, 2000
+    device = torch.device("cuda" if gpu else "cpu")
+    unet, codec = seppo.random_sd15(device, torch.float32)
+    unet, g = unet.to(device).eval(), torch.Generator(device).manual_seed(0)
+    t, _, eps, x, _ = (v.to(device) for v in seppo.draws("precision", range(n), (4, *[64 if gpu else 8] * 2), 1000, 0))
+    context, dtypes, found, distance = codec.encode_text([f"picture {i}" for i in range(n)]), dict.fromkeys(("fp32", *["tf32"] * gpu, "fp16", "bf16")), {}, 0
+
+    @torch.no_grad()
+    def errors(dtype):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+        kind = seppo.DTYPES[dtype][0]
+        with torch.autocast(device.type, kind, bool(kind)):
+            return torch.cat([seppo.denoising_error(unet, codec.scheduler, *(v[i:i + 4] for v in (x, eps, t, context))) for i in range(0, n, 4)])
+
+    reference = {dtype: errors(dtype) for dtype in dtypes}
+    for updates in (1, 30, 200):
+        with torch.no_grad():
+            for p in unet.parameters():  # from one distance to the next
+                p += (updates - distance) ** .5 * 2.048e-5 * torch.randn(p.shape, generator=g, device=device)
+        distance = updates
+        found[updates] = {dtype: -beta / 2 * (errors(dtype) - reference[dtype]) for dtype in dtypes}
+    with capsys.disabled():
+        print(f"\n{n} winners, beta {beta}, {device.type}\n| updates | logit in fp32 (sd) | " + " | ".join(f"{d}: sd from it, signs that agree" for d in [*dtypes][1:]) + " |")
+        for updates, logit in found.items():
+            print(f"| {updates} | {logit['fp32'].std():.2g} | " + " | ".join(
+                f"{(logit[d] - logit['fp32']).std():.2g}, {(logit[d].sign() == logit['fp32'].sign()).float().mean():.0%}" for d in [*dtypes][1:]) + " |")
+    far = {d: (found[30][d] - found[30]["fp32"]).std() for d in [*dtypes][1:]}
+    assert far["bf16"] > 2 * far["fp16"] > 0 and (found[200]["fp16"].sign() == found[200]["fp32"].sign()).float().mean() > 0.8
