@@ -321,11 +321,10 @@ def load_checked(name, where, base):
     """The UNet that stands beside the base, of the same shape; of clips it may have only motion modules of its own. Raises
     UserError."""
     with reading(f"--unet {name}={where}", "it takes a run, a checkpoint, a UNet's folder as diffusers saves it, or a hub id"):
-        if isinstance(base, diffusers.UNetMotionModel) and not Path(where, "unet").is_dir():
-            unet = copy.deepcopy(base)
-            unet.load_motion_modules(seppo.load_unet(where, diffusers.MotionAdapter, "motion_adapter"))
-        else:
-            unet = seppo.load_unet(where, type(base))
+        unet = seppo.load_unet(where, type(base), *[diffusers.MotionAdapter] * isinstance(base, diffusers.UNetMotionModel))
+        if isinstance(unet, diffusers.MotionAdapter):
+            adapter, unet = unet, copy.deepcopy(base)
+            unet.load_motion_modules(adapter)
     shapes = lambda net: {key: tensor.shape for key, tensor in net.state_dict().items()}
     need(shapes(unet) == shapes(base), f"--unet {name}={where} has another shape than the UNet of --model")
     return unet
@@ -431,21 +430,21 @@ def report(o, files, prompts, scores, missing):
 
 def draw_grid(files, prompts, path, frames=None, rows=6, tile=192, head=28):
     """grid.png: the first prompts down, with their captions, models across; of clips an animated grid.webp."""
-    font, sheets = ImageFont.load_default(16), []
+    font, sheet = ImageFont.load_default(16), Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
+    draw, sheets = ImageDraw.Draw(sheet), []
+    for x, model in enumerate(files, 1):
+        draw.text((tile * (x + .5), head / 2), model[:22], "black", font, "mm")
+    for y, prompt in enumerate(prompts[:rows]):
+        caption = "\n".join(textwrap.wrap(prompt, 21, max_lines=9, placeholder=" ..."))
+        draw.multiline_text((8, head + tile * (y + .5)), caption, "black", font, "lm")
     for frame in range(frames or 1):
-        sheet = Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
-        draw = ImageDraw.Draw(sheet)
-        for x, (model, paths) in enumerate(files.items(), 1):
-            draw.text((tile * (x + .5), head / 2), model[:22], "black", font, "mm")
-            for y, (file, prompt) in enumerate(zip(paths[:rows], prompts)):
-                with Image.open(file) as image:
-                    side = image.height
-                    picture = image.crop((frame * side, 0, (frame + 1) * side, side)).resize(
-                        (tile - 4, tile - 4), Image.NEAREST if side < tile else Image.LANCZOS)
-                sheet.paste(picture, (tile * x + 2, head + tile * y + 2))
-                caption = "\n".join(textwrap.wrap(prompt, 21, max_lines=9, placeholder=" ..."))
-                draw.multiline_text((8, head + tile * (y + .5)), caption, "black", font, "lm")
-        sheets.append(sheet)
+        sheets.append(sheet.copy())
+        for x, paths in enumerate(files.values(), 1):
+            for y, file in enumerate(paths[:rows]):
+                with Image.open(file) as image:  # a filmstrip, or a picture
+                    side, kind = image.height, Image.NEAREST if image.height < tile else Image.LANCZOS
+                    picture = image.crop((frame * side, 0, (frame + 1) * side, side)).resize((tile - 4, tile - 4), kind)
+                sheets[-1].paste(picture, (tile * x + 2, head + tile * y + 2))
     with whole(path) as file:
         seppo.save_pictures(sheets, file)
 

@@ -28,8 +28,10 @@ import diffusers, huggingface_hub, torch, transformers
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.utils import make_image_grid
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from PIL import Image, ImageOps
 from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ---- The objective --------------------------------------------------------------------------------------------------
@@ -219,8 +221,7 @@ class Winners:
                 caption, *pictures = self.row(position, attempt)
                 if not caption.strip():
                     raise ValueError("no caption")
-                pixels = [to_pixels(read_clip(picture, self.frames, start) if self.frames else picture, self.resolution, flip)
-                          for picture in pictures[:1 + self.losers]]
+                pixels = [to_pixels(picture, self.resolution, flip, self.frames, start) for picture in pictures[:1 + self.losers]]
                 return caption, pixels[0], pixels[-1], attempt
             except UserError:
                 raise
@@ -228,13 +229,16 @@ class Winners:
                 reason = error
         raise UserError(f"--data {self.source}: 100 rows in a row are of no use (the last: {reason})")
 
-def to_pixels(picture, resolution, flip=False):
+def to_pixels(picture, resolution, flip=False, frames=None, start=0.0):
     """Bytes, a path or an open picture -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay.
-    A clip, a list of them -> (3, F, R, R)."""
-    if isinstance(picture, list):
-        return torch.stack([to_pixels(frame, resolution, flip) for frame in picture], 1)
+    A clip's path, if `frames` is given (see read_clip) -> (3, F, R, R)."""
     if isinstance(picture, torch.Tensor):
         return picture.flip(-1) if flip else picture
+    if frames:
+        sizes, pixels = zip(*((frame.size, to_pixels(frame, resolution, flip)) for frame in read_clip(Path(picture), frames, start)))
+        if len(pixels) < frames or len({*sizes}) > 1:
+            raise ValueError("frames are missing, or differ in size")
+        return torch.stack(pixels, 1)
     picture = picture["bytes"] if isinstance(picture, dict) else picture  # as `datasets` stores its Image columns
     picture = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     with contextlib.nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(picture) as image:
@@ -245,48 +249,46 @@ def to_pixels(picture, resolution, flip=False):
     return to_pixels(pixels.permute(2, 0, 1) / 127.5 - 1, resolution, flip)
 
 STRIDE = 4  # AnimateDiff's
+FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")  # Pillow claims the last two
+is_picture = lambda path: path.suffix.lower() in {*Image.registered_extensions()} - {*FILMS} and path.name[0] != "."
 
 def read_clip(clip, frames, start):
-    """A folder of frames, an animated GIF or WebP, or a film -> a list of `frames` pictures: every STRIDE-th, the first at a
-    share `start` in [0, 1) of the possible ones; closer together in a shorter clip, as AnimateDiff takes them. Pixels stay."""
-    if isinstance(clip, torch.Tensor):
-        return clip
-    clip = Path(clip)
-
-    def choose(n, size):
-        if n < frames or size[0] * size[1] > 64e6:
-            raise ValueError(f"{n} frames of {size[0]} x {size[1]} pixels")
+    """Yields `frames` pictures of a clip: a folder of frames, an animated GIF or WebP, or a film. Every STRIDE-th frame, the
+    first at a share `start` in [0, 1) of the possible ones; closer together in a shorter clip, as AnimateDiff takes them."""
+    def choose(n):
+        if n < frames:
+            raise ValueError(f"{n} frames")
         length = min(n, (frames - 1) * STRIDE + 1)
-        first = int(start * (n - length + 1))
-        return [first + i * (length - 1) // max(1, frames - 1) for i in range(frames)]
+        return [int(start * (n - length + 1)) + i * (length - 1) // (frames - 1) for i in range(frames)]
 
-    if clip.is_dir():
-        files = sorted(p for p in clip.iterdir() if p.suffix.lower() in Image.registered_extensions())
-        pictures = [Image.open(files[i]) for i in choose(len(files), (1, 1))]
-    elif clip.suffix.lower() in Image.registered_extensions():
+    if clip.is_dir():  # frame10 comes after frame9
+        files = sorted(filter(is_picture, clip.iterdir()), key=lambda p: [part.zfill(20) for part in re.split(r"(\d+)", p.name)])
+        for i in choose(len(files)):
+            with Image.open(files[i]) as picture:
+                yield picture
+    elif is_picture(clip):
         with Image.open(clip) as film:
-            pictures = [film.seek(i) or film.convert("RGB") for i in choose(getattr(film, "n_frames", 1), film.size)]
+            for i in choose(getattr(film, "n_frames", 1)):
+                film.seek(i)
+                yield film
     else:
         try:
             import av
         except ImportError as error:
             raise UserError(f"{clip}: films need PyAV: pip install av, or make folders of frames") from error
+        with av.open(str(clip)) as film:  # what was cut off without encoding again is still there, to be discarded
+            wanted = choose(sum(packet.size > 0 and not packet.is_discard for packet in film.demux(video=0)))
         with av.open(str(clip)) as film:
-            n = sum(packet.size > 0 for packet in film.demux(video=0))
-        with av.open(str(clip)) as film:
-            stream = film.streams.video[0]
-            wanted = choose(n, (stream.width, stream.height))
-            decoded = itertools.islice(film.decode(stream), wanted[-1] + 1)
-            pictures = [frame.to_image() for i, frame in enumerate(decoded) if i in wanted]
-    if len(pictures) < frames or len({picture.size for picture in pictures}) > 1:
-        raise ValueError("frames are missing, or differ in size")
-    return pictures
+            for i, frame in enumerate(itertools.islice(film.decode(video=0), wanted[-1] + 1)):
+                if i in wanted:
+                    yield frame.to_image().rotate(frame.rotation, expand=True)
 
 def open_data(o):
     """--data: a miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
     folder = Path(o.data).is_dir() and not any(Path(o.data).rglob("*.parquet"))
-    source = open_mini if o.data in MINI_DATA else open_random if o.data == "random" else functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet
-    need(folder or bool(o.frames) == (o.data in MINI_DATA[2:]), f"--data {o.data} has {'pictures, not ' * bool(o.frames)}clips")
+    source = {**dict.fromkeys(MINI_DATA, open_mini), "random": open_random}.get(o.data) or (
+        functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet)
+    need(folder or not o.frames or o.data in MINI_DATA, f"--data {o.data} is no folder: clips are read from folders only")
     return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners, o.frames)
 
 def open_folder(name, clips=False):
@@ -298,9 +300,10 @@ def open_folder(name, clips=False):
             lines = [json.loads(line) for line in table.read_text("utf-8").splitlines() if line.strip()]
             rows = [(line.get("text"), Path(name, line["file_name"])) for line in lines]
         else:
-            pictures = sorted(p for p in (Path(name).iterdir() if clips else Path(name).rglob("*"))
-                              if (p.suffix != ".txt" if clips else p.suffix.lower() in Image.registered_extensions()))
-            rows = [(c.read_text("utf-8", "replace") if (c := p.with_suffix(".txt")).exists() else None, p) for p in pictures]
+            is_clip = lambda p: p.name[0] != "." and (p.is_dir() or is_picture(p) or p.suffix.lower() in FILMS)
+            pictures = sorted(filter(is_clip, Path(name).iterdir()) if clips else filter(is_picture, Path(name).rglob("*")))
+            rows = [(c.read_text("utf-8", "replace") if (c := p.with_name((p.name if p.is_dir() else p.stem) + ".txt")).exists() else None, p)
+                    for p in pictures]
         if not any(caption for caption, _ in rows):
             raise ValueError(f"no captioned {'clips' if clips else 'pictures'}")
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
@@ -352,7 +355,8 @@ def open_parquet(name):
 
 # ---- The models -----------------------------------------------------------------------------------------------------
 
-ANIMATEDIFF = dict(beta_schedule="linear", clip_sample=False, timestep_spacing="linspace")  # its noise schedule, not the base model's
+ANIMATEDIFF = dict(beta_schedule="linear", beta_start=.00085, beta_end=.012, trained_betas=None, clip_sample=False,
+                   timestep_spacing="linspace", rescale_betas_zero_snr=False)  # its noise schedule, not the base model's
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # gone from the hub since 2024
 
 def framewise(method):
@@ -388,8 +392,8 @@ class StableDiffusion:
     def decode(self, latents):  # back, clamped to [-1, 1]
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
-def load_stable_diffusion(folder, device, dtype):
-    return load_unet(folder), StableDiffusion(
+def load_codec(folder, device, dtype):
+    return StableDiffusion(
         load_tokenizer(transformers.CLIPTokenizer, folder, subfolder="tokenizer"),
         load_whole(transformers.CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype),
         load_whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False),
@@ -422,53 +426,78 @@ def load_tokenizer(kind, *args, **options):
     need(len(tokenizer) > 9, f"{args[0]} lacks the files of its tokenizer")
     return tokenizer
 
-def load_unet(name, kind=UNet2DConditionModel, part="unet"):
-    """A UNet, or another kind of net, as diffusers saves it, at NAME/part or at NAME itself, in fp32 (the master weights)."""
-    load = functools.partial(load_whole, kind, name, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    try:
-        return load(subfolder=part)
-    except OSError:
-        return load()
+def load_unet(name, *kinds, weights=True):
+    """A UNet, or a net of other kinds (classes), as diffusers saves it: at NAME/unet, NAME/motion_adapter or NAME itself; in fp32,
+    the master weights. weights=False: untrained, for its shape alone."""
+    for part in ("unet", "motion_adapter", None):
+        try:
+            config = UNet2DConditionModel.load_config(name, subfolder=part)
+            break
+        except OSError as error:
+            reason = error
+    else:
+        raise reason
+    kinds = {kind.__name__: kind for kind in kinds or (UNet2DConditionModel,)}
+    need(config["_class_name"] in kinds, f"{name} holds a {config['_class_name']}, not a {' or '.join(kinds)}")
+    kind = kinds[config["_class_name"]]
+    return load_whole(kind, name, subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False) if weights else kind.from_config(config)
 
-def load_models(o):
-    """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError."""
+def load_models(o, weights=True):
+    """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError. weights=False: the shapes."""
     if o.model in MINI:
-        unet, codec = load_mini(o.model, o.device), Miniature(o.device)
+        unet, codec = load_mini(o.model, o.device, weights), Miniature(o.device)
     elif o.model == "random-sd15":
         unet, codec = random_sd15(o.device, DTYPES[o.dtype][1])
     else:
         with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
-            folder = o.model if Path(o.model).is_dir() else diffusers.DiffusionPipeline.download(
-                MOVED.get(o.model, o.model), safety_checker=None, feature_extractor=None)
-            unet, codec = load_stable_diffusion(folder, o.device, DTYPES[o.dtype][1])
-    takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width)
-    need(takes == gives and not unet.config.addition_embed_type and codec.scheduler.config.prediction_type != "sample",
-         f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
+            folder = o.model if Path(o.model).is_dir() else MOVED.get(o.model, o.model)
+            if weights and not Path(folder).is_dir():
+                folder = diffusers.DiffusionPipeline.download(folder, safety_checker=None, feature_extractor=None)
+            unet, codec = load_unet(folder, weights=weights), weights and load_codec(folder, o.device, DTYPES[o.dtype][1])
+    other = None
     if o.unet:
         with reading(f"--unet {o.unet}", "it takes a folder or hub id with a UNet as diffusers saves it"):
-            base, unet = unet, load_unet(o.unet)
-        same = [p.shape for p in base.parameters()] == [p.shape for p in unet.parameters()]
-        need(same, f"--unet {o.unet} has another shape than the UNet of --model {o.model}")
+            other = load_unet(o.unet, UNet2DConditionModel, UNetMotionModel, weights=weights)
+        need(o.motion_adapter or type(other) is type(unet), f"--unet {o.unet} has another kind of UNet than --model {o.model}")
+        unet = exchange(unet, other, o)
     if o.motion_adapter:
         with reading(f"--motion-adapter {o.motion_adapter}", "it takes a folder or hub id with a MotionAdapter as diffusers saves it"):
-            unet = UNetMotionModel.from_unet2d(unet, load_unet(o.motion_adapter, MotionAdapter, "motion_adapter"))
-        codec.scheduler = DDPMScheduler.from_config(codec.scheduler.config, **ANIMATEDIFF)
+            unet = exchange(UNetMotionModel.from_unet2d(unet, load_unet(o.motion_adapter, MotionAdapter, weights=weights)), other, o)
+        need(unet.config.temporal_transformer_layers_per_block == 1, f"--motion-adapter {o.motion_adapter} has several layers a block, which "
+             "diffusers does not save")
+        if codec:
+            codec.scheduler = DDPMScheduler.from_config(codec.scheduler.config, **ANIMATEDIFF)
     if o.frames:
         longest = unet.config.motion_max_seq_length
         need(o.frames <= longest, f"--frames {o.frames}: this motion adapter knows {longest} at most")
     if o.train == "motion":
         unet.freeze_unet2d_params()
+    takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width) if codec else None
+    need(not codec or takes == gives and not unet.config.addition_embed_type and codec.scheduler.config.prediction_type != "sample",
+         f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
     layout = torch.preserve_format if o.device == "cpu" else torch.channels_last  # what a GPU's convolutions work in
     return unet.to(o.device, memory_format=layout).eval(), codec  # eval: dropout would part policy and reference
+
+def exchange(unet, other, o):
+    """--unet's net, where it is of the same kind."""
+    if type(other) is not type(unet):
+        return unet
+    need([p.shape for p in unet.parameters()] == [p.shape for p in other.parameters()],
+         f"--unet {o.unet} has another shape than the UNet of --model {o.model}")
+    return other
+
+def checkpoint_part(o):
+    """What a checkpoint holds: the motion adapter, if --model and it are all that is needed, or the UNet."""
+    return "motion_adapter" if o.train == "motion" and not o.unet else "unet"
 
 @torch.no_grad()
 def load_weights(unet, folder):
     """A checkpoint of the pool into a net, in place and one tensor at a time: no second copy in memory."""
     with reading(f"checkpoint {folder}", "the pool is not whole: restore it, or start over with --fresh"):
-        motion = Path(folder, "motion_adapter").is_dir()
-        with safe_open(Path(folder, "motion_adapter" if motion else "unet", "diffusion_pytorch_model.safetensors"), "pt") as file:
+        path = next(Path(folder).glob("*/diffusion_pytorch_model.safetensors"))
+        with safe_open(path, "pt") as file:
             for name, tensor in unet.state_dict().items():
-                if not motion or "motion_modules" in name:
+                if path.parent.name == "unet" or "motion_modules" in name:
                     tensor.copy_(file.get_tensor(name))
 
 # ---- The miniature --------------------------------------------------------------------------------------------------
@@ -554,24 +583,22 @@ class Miniature:
     def decode(self, latents):
         return F.pixel_shuffle(latents, self.factor).clamp(-1, 1)
 
-MINI_MOTION = dict(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=4,
-                   motion_max_seq_length=16, use_motion_mid_block=False)
-
-def load_mini(name, device="cpu"):
+def load_mini(name, device="cpu", weights=True):
     """A miniature's UNet: untrained, or the base model, which this very script trains, once."""
-    if not name.endswith("-untrained"):
+    if weights and not name.endswith("-untrained"):
         o = resolve(["--model", f"{name}-untrained", "--out", MINI_BASE.format(name), "--device", device, "--dtype", "fp32"])
         if not Path(o.out, f"checkpoint-{o.steps}").is_dir():
             print(f"The miniature's base model comes first: it is trained once and stays in {o.out}.")
         train(o)
         return load_unet(f"{o.out}/checkpoint-{o.steps}", UNetMotionModel if o.frames else UNet2DConditionModel)
-    base = load_mini("mini", device) if "video" in name else None
+    base = load_mini("mini", device, weights) if "video" in name else None
     torch.manual_seed(0)
     if not base:
         return UNet2DConditionModel(
             sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, cross_attention_dim=32, attention_head_dim=8)
-    adapter = MotionAdapter(**MINI_MOTION)
+    adapter = MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8,
+                            motion_num_attention_heads=4, motion_max_seq_length=16, use_motion_mid_block=False)
     for name, parameter in adapter.named_parameters():  # as AnimateDiff begins: a clip of independent pictures
         torch.nn.init.zeros_(parameter) if "proj_out" in name else None
     return UNetMotionModel.from_unet2d(base, adapter)
@@ -597,6 +624,9 @@ class Trainer:
         self.reference = self.generator = None if o.loser == "none" else copy.deepcopy(self.policy).requires_grad_(False)
         if o.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
+            for module in self.policy.modules():
+                if isinstance(module, AnimateDiffTransformer3D):  # which diffusers leaves out
+                    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         autocast, half = DTYPES[o.dtype]
         if o.loser == "generated" and half != torch.float32:
             self.generator = copy.deepcopy(self.reference).to(half)
@@ -734,10 +764,8 @@ class Trainer:
         """The picture, the pool's checkpoint, last the state to resume from: a kill in between repeats work, loses none."""
         self.grid(update)
         with whole(self.out / f"checkpoint-{update}") as folder:
-            if self.o.train == "motion":
-                self.policy.save_motion_modules(folder / "motion_adapter")
-            else:
-                self.policy.save_pretrained(folder / "unet")
+            save = self.policy.save_pretrained if checkpoint_part(self.o) == "unet" else self.policy.save_motion_modules
+            save(folder / checkpoint_part(self.o))
         with whole(self.out / "resume" / "state.pt") as file:
             torch.save({"update": update, "skipped": self.skipped, "policy": self.trained,
                         "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
@@ -764,7 +792,9 @@ class Trainer:
         below."""
         noise = draws("grid", range(len(self.prompts)), self.shape, 1, 0)[-1].to(self.device)
         with self.autocast():
-            pixels = self.codec.decode(self.sample(self.policy, noise=noise, context=self.codec.encode_text(self.prompts)))
+            context, G = self.codec.encode_text(self.prompts), self.o.generate_batch
+            pixels = self.codec.decode(torch.cat([self.sample(self.policy, noise=n, context=c)
+                                                  for n, c in zip(noise.split(G), context.split(G))]))
         pixels = ((pixels + 1) * 127.5).round().byte().cpu()  # (n, 3, [F,] R, R)
         base = self.out / "samples" / "base.pt"
         if update == 0:
@@ -814,7 +844,7 @@ def train(o):
             bar.set_postfix({k: f"{v:.3g}" for k, v in smooth.items()} | {k: m[k] for k in ("reference", "skipped_rows") if m[k]})
     if not o.model.endswith("-untrained"):
         print(f"Done. {o.out}/samples/step-{o.steps}.{'webp' if o.frames else 'png'} shows the base model above, the policy below."
-              + " python eval.py scores both." * (o.model == "mini") + how_to_load(o))
+              + f" python eval.py --model {o.model} scores both." * (o.model in MINI) + how_to_load(o))
 
 def mark(device):
     """A point in time: on a GPU in its queue, which nothing has to wait for."""
@@ -914,18 +944,17 @@ def plan(o, data, unet):
             + f"\n{o.steps} updates of {o.batch_size} = {winners:,} winners, {winners / data.total:.2g} epochs of {data.total:,} rows; an "
             f"update accumulates {o.batch_size // o.micro_batch} micro-batches of {o.micro_batch}\n{gb * 250:.1f} M parameters, "
             f"{trained * 250:.1f} M train: memory for weights {nets * gb:.2f} GB, gradients {trained:.2f}, optimizer {2 * trained:.2f}, and "
-            f"activations; disk for {checkpoints} checkpoints {checkpoints * trained:.2f} GB, to resume from {3 * trained:.2f}")
+            f"activations; disk for {checkpoints} checkpoints {checkpoints * (gb if checkpoint_part(o) == 'unet' else trained):.2f} GB, to resume from {3 * trained:.2f}")
 
 def how_to_load(o):
-    name, pipe, net, part, more = MOVED.get(o.model, o.model), "StableDiffusionPipeline", "UNet2DConditionModel", "unet", ""
+    name, part, pipe, more = MOVED.get(o.model, o.model), checkpoint_part(o), "StableDiffusionPipeline", ""
+    net = "MotionAdapter" if part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
     if o.frames:
-        pipe, net = "AnimateDiffPipeline", "UNetMotionModel"
-        more = (f', scheduler=DDIMScheduler.from_pretrained("{name}", subfolder="scheduler", beta_schedule="linear", clip_sample=False, '
-                'timestep_spacing="linspace")' + ", motion_adapter=None" * (o.train == "all"))
-    if o.train == "motion":
-        net, part = "MotionAdapter", "motion_adapter"
-    return (f'\nTo load it:\n  from diffusers import {net}, {pipe}{", DDIMScheduler" * bool(o.frames)}\n'
-            f'  {part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{part}")'
+        pipe, more = "AnimateDiffPipeline", ", motion_adapter=None" * (part == "unet") + (
+            f', scheduler=DDIMScheduler.from_pretrained(\n      "{name}", subfolder="scheduler", beta_schedule="linear", clip_sample=False, '
+            'timestep_spacing="linspace")')
+    return (f"\nTo load it:\n  from diffusers import {net}" + f', {pipe}{", DDIMScheduler" * bool(o.frames)}' * (o.model not in MINI)
+            + f'\n  {part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{part}")'
             + f'\n  pipe = {pipe}.from_pretrained("{name}", {part}={part}{more})' * (o.model not in MINI))
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -961,7 +990,7 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("micro-batch", 1, "winners per forward pass: lower it when memory runs out, the result stays"),
     ("generate-batch", 16, "reference samples generated at a time [1 with --motion-adapter]"),
     ("compile", False, "generate with a compiled UNet: faster after some minutes"),
-    ("gradient-checkpointing", False, "compute activations again in the backward pass: far less memory, a third more training time"),
+    ("gradient-checkpointing", False, "compute activations again in the backward pass: far less memory, a third more training time [on with --motion-adapter]"),
     ("lr", 2.048e-5, "learning rate after the warm-up; nothing scales it"),
     ("solver", "dpm++", "the diffusers scheduler that makes reference samples", SOLVERS),
     ("sampler-steps", 20, "its steps: most of a run's cost"),
@@ -975,7 +1004,7 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
 )
 PAPER = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64, sampler_steps=8, guidance=1.0)
-CLIPS = dict(frames=16, train="motion", generate_batch=1)  # what --motion-adapter changes: AnimateDiff's practice
+CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing=True)  # what --motion-adapter changes: AnimateDiff's practice
 SMALL_CLIPS = SMALL | dict(frames=8, train="motion", batch_size=16, micro_batch=16, generate_batch=16)
 MINI = {  # what the miniature changes: it is small, and its errors are far larger, so beta and lr are its own
     "mini": SMALL | dict(steps=100, save_every=20, lr=2e-4, beta=5.0),
@@ -1046,6 +1075,9 @@ def check(o):
 def check_training(o):
     need(not o.train or o.frames, "--train is for clips: it needs --motion-adapter")
     need(o.model in MINI or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
+    own = {k: MINI["mini-video" if "video" in o.data else "mini"].get(k) for k in ("resolution", "frames")}
+    need(o.data not in MINI_DATA or o.model in MINI and own == {k: vars(o)[k] for k in own},
+         f"--data {o.data} is for --model {'mini-video' if own['frames'] else 'mini'}, at its own resolution and number of frames")
     need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
     need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
     need(o.device != "cpu" or o.dtype != "tf32", "--dtype tf32 needs a GPU: take fp32")
@@ -1056,14 +1088,8 @@ def begin(argv):
         print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
     if not o.dry_run:
         return measure(o) if o.time else train(o)
-    with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"), torch.device("meta"):
-        unet = load_mini("mini-untrained") if o.model in MINI else random_sd15("meta", torch.float32)[0] if o.model == "random-sd15" else (
-            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(MOVED.get(o.model, o.model), subfolder="unet")))
-        if o.frames:
-            unet = UNetMotionModel.from_unet2d(unet, MotionAdapter(**MINI_MOTION) if o.model in MINI else MotionAdapter.from_config(
-                MotionAdapter.load_config(o.motion_adapter)))
-        if o.train == "motion":
-            unet.freeze_unet2d_params()
+    with torch.device("meta"):
+        unet, _ = load_models(argparse.Namespace(**vars(o) | {"device": "meta"}), weights=False)
     print(plan(o, open_data(o), unet))
 
 def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --generate-batch, or add --gradient-checkpointing"):

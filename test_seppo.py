@@ -1133,42 +1133,55 @@ def film(pipeline, adapter, data, *more):
 
 
 def test_clips_of_every_form(clips, monkeypatch):
-    frames = lambda at, n=4: [int(p.filename[-7:-4]) for p in seppo.read_clip(clips / "frames", n, at)]
-    assert frames(0) == [0, 2, 5, 8], "9 frames are less than 4 at a stride of 4: they are spread over the clip"
-    assert frames(0, 2) == [0, 4] and frames(0.999, 2) == [4, 8] and frames(0, 9) == [*range(9)]
-    straight = seppo.to_pixels(seppo.read_clip(clips / "frames", 9, 0), 64)
-    assert straight.shape == (3, 9, 64, 64)
-    assert torch.equal(seppo.to_pixels(seppo.read_clip(clips / "webp.webp", 9, 0), 64), straight)
-    assert (seppo.to_pixels(seppo.read_clip(clips / "gif.gif", 9, 0), 64) - straight).abs().mean() < 0.1
-    assert torch.equal(seppo.to_pixels(seppo.read_clip(clips / "frames", 9, 0), 64, flip=True), straight.flip(-1))
+    chosen = lambda at, n=4: [int(p.filename[-7:-4]) for p in seppo.read_clip(clips / "frames", n, at)]
+    pixels = lambda name, n=9, **more: seppo.to_pixels(clips / name, 64, frames=n, **more)
+    assert chosen(0) == [0, 2, 5, 8], "9 frames are less than 4 at a stride of 4: they are spread over the clip"
+    assert chosen(0, 2) == [0, 4] and chosen(0.999, 2) == [4, 8] and chosen(0, 9) == [*range(9)]
+    straight = pixels("frames")
+    assert straight.shape == (3, 9, 64, 64) and torch.equal(pixels("webp.webp"), straight)
+    assert (pixels("gif.gif") - straight).abs().mean() < 0.1
+    assert torch.equal(pixels("frames", flip=True), straight.flip(-1))
+    for i in range(9):  # numbers without zeros in front, and what a Mac leaves behind
+        (clips / "frames" / f"{i:03d}.png").rename(clips / "frames" / f"frame{i + 7}.png")
+        (clips / "frames" / f"._frame{i}.png").write_bytes(b"Mac OS X")
+    assert torch.equal(pixels("frames"), straight)
     for name in ("short", "sizes", "broken.gif"):
         with pytest.raises(Exception):
-            seppo.to_pixels(seppo.read_clip(clips / name, 4, 0), 64)
+            pixels(name, 4)
+    Image.new("1", (9000, 8000)).save(clips / "huge.gif", save_all=True, append_images=[Image.new("1", (9000, 8000), 1)])
+    with pytest.raises(ValueError, match="9000 x 8000"):
+        pixels("huge.gif", 2)
+    clips.joinpath("huge.gif").unlink()
+    clips.joinpath("a.b").mkdir(), clips.joinpath("frames.json").write_text("{}"), clips.joinpath(".DS_Store").write_bytes(b"")
+    clips.joinpath("a.txt").write_text("of another")  # not of a.b
     data = seppo.Winners(*seppo.open_folder(clips, clips=True), resolution=64, frames=4)
-    assert data.total == 6 and {data.fetch(n)[0] for n in range(60)} == {"a frames", "a gif", "a webp"}
-    assert all(data.fetch(n)[1].shape == (3, 4, 64, 64) for n in range(6)) and sum(data.fetch(n)[3] for n in range(6)) >= 3
+    assert data.total == 7 and {data.fetch(n)[0] for n in range(70)} == {"a frames", "a gif", "a webp"}
+    assert all(data.fetch(n)[1].shape == (3, 4, 64, 64) for n in range(6)) and sum(data.fetch(n)[3] for n in range(7)) >= 4
+    data = seppo.Winners("x", [(0, 0, 1)], lambda *_: [("a", clips / "frames")], resolution=64, frames=2)
+    assert len({data.fetch(n)[1].sum().item() for n in range(20)}) > 3, "clips start anywhere"
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(seppo.UserError, match="pip install av"):
-        seppo.read_clip(clips / "film.mp4", 4, 0)
+        pixels("film.mp4", 4)
 
 
 def test_films(clips):
     av = pytest.importorskip("av")
-    with av.open(str(clips / "film.mp4"), "w") as file:
-        stream = file.add_stream("mpeg4", rate=8)
-        stream.width = stream.height = 80
-        for i in range(9):
-            file.mux(stream.encode(av.VideoFrame.from_image(Image.open(clips / "frames" / f"{i:03d}.png").convert("RGB"))))
-        file.mux(stream.encode())
-    straight, seen = (seppo.to_pixels(seppo.read_clip(clips / name, 4, 0), 64) for name in ("frames", "film.mp4"))
-    assert (seen - straight).abs().mean() < 0.1
-    with pytest.raises(ValueError, match="9 frames"):
-        seppo.read_clip(clips / "film.mp4", 10, 0)
+    for name in ("film.mp4", "film.mpeg"):
+        with av.open(str(clips / name), "w") as file:
+            stream = file.add_stream("mpeg4" if name == "film.mp4" else "mpeg1video", rate=25)
+            stream.width = stream.height = 80
+            for i in range(9):
+                file.mux(stream.encode(av.VideoFrame.from_image(Image.open(clips / "frames" / f"{i:03d}.png").convert("RGB"))))
+            file.mux(stream.encode())
+        straight, seen = (seppo.to_pixels(clips / what, 64, frames=4) for what in ("frames", name))
+        assert (seen - straight).abs().mean() < 0.15, name
+        with pytest.raises(ValueError, match="9 frames"):
+            seppo.to_pixels(clips / name, 64, frames=10)
 
 
 def test_one_frame_equals_a_picture(pipeline, adapter):
     """5-D equals 4-D for one frame when the motion modules are identities; and frames differ from pictures when they are not."""
-    unet, codec = seppo.load_unet(pipeline), seppo.StableDiffusion(str(pipeline), "cpu", torch.float32)
+    unet, codec = seppo.load_unet(pipeline), seppo.load_codec(str(pipeline), "cpu", torch.float32)
     motion = UNetMotionModel.from_unet2d(unet, MotionAdapter.from_pretrained(adapter)).eval()
     t, _, eps, x, noise = seppo.draws("video", range(3), (4, 8, 8), 1000, 0)
     context, null = codec.encode_text(["a", "b", "c"]), codec.encode_text([""])
@@ -1204,9 +1217,17 @@ def test_video_end_to_end(pipeline, adapter, clips, capsys):
     start, end = (load_file(f"run/{name}/motion_adapter/diffusion_pytorch_model.safetensors") for name in ("checkpoint-0", "checkpoint-4"))
     assert same(start, MotionAdapter.from_pretrained(adapter).state_dict()) and not same(start, end)
     assert not Path("run/checkpoint-4/unet").exists(), "the pictures' weights did not train"
+    resolved = seppo.resolve(["--model", str(pipeline), "--motion-adapter", str(adapter), "--data", str(clips), "--resolution", "64", "--device", "cpu"])
+    assert (resolved.generate_batch, resolved.gradient_checkpointing, resolved.frames, resolved.train) == (1, True, 16, "motion")
+    _, codec = seppo.load_models(argparse.Namespace(**vars(resolved) | {"frames": 8}))
+    assert codec.vae.use_slicing and codec.scheduler.config.timestep_spacing == "linspace" and codec.scheduler.config.beta_end == .012
+    assert torch.allclose(codec.scheduler.betas, torch.linspace(.00085, .012, 1000))
     assert {name: torch.equal(p, pipe.unet.state_dict()[name]) for name, p in end.items()} == dict.fromkeys(end, True)
     with Image.open("run/samples/step-4.webp") as image, Image.open("run/samples/step-0.webp") as first:
         assert image.n_frames == 4 and image.height == 2 * first.height
+        far = lambda y: (torch.tensor(list(image.convert("RGB").crop((0, y, image.width, y + first.height)).getdata())).float()
+                         - torch.tensor(list(first.convert("RGB").getdata()))).abs().mean()
+        assert far(0) < 2 < far(first.height), "the base above"
     # update 1, by hand
     assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.clip_sample) == ("linear", False)
     pipe.unet.load_motion_modules(MotionAdapter.from_pretrained(adapter))
@@ -1251,19 +1272,31 @@ def test_video_resumes(pipeline, adapter, clips, monkeypatch, capsys):
     # the next run starts from this one's motion, and plain pictures' weights from another
     other_unet("other/unet", pipeline)
     assert film(pipeline, adapter, clips, "--motion-adapter", "run/checkpoint-4", "--unet", "other", "--out", "next", "--steps", 1) == 0
-    assert same(load_file("next/checkpoint-0/motion_adapter/diffusion_pytorch_model.safetensors"), load_file(f"run/{end}"))
+    pipe = says_how_to_load(capsys.readouterr().out)
+    first = load_file("next/checkpoint-0/unet/diffusion_pytorch_model.safetensors")  # whole, since --model alone would not do
+    assert same(load_file(f"run/{end}"), first) and torch.equal(first["conv_in.weight"], weights("other/unet")["conv_in.weight"])
+    assert torch.equal(pipe.unet.conv_in.weight, first["conv_in.weight"]), "pictures' weights do not train"
+    for more in ((), ("--dry-run",)):
+        assert film(pipeline, adapter, clips, "--unet", "next/checkpoint-1", "--out", "on", "--steps", 1, *more) == 0
+    assert same(load_file("next/checkpoint-1/unet/diffusion_pytorch_model.safetensors"), load_file("on/checkpoint-0/unet/diffusion_pytorch_model.safetensors"))
 
 
 @pytest.mark.parametrize("argv, says", [
     (["--frames", "4"], "--frames needs --motion-adapter"), (["--frames", "1", "--motion-adapter", "x"], "2 at least"),
     (["--train", "motion"], "--train is for clips"), (["--frames", "9", "--motion-adapter", "ADAPTER"], "knows 8 at most"),
-    (["--motion-adapter", "nowhere"], "--motion-adapter nowhere cannot be read"), (["--motion-adapter", "ADAPTER", "--data", "pickapic"], "not clips"),
+    (["--motion-adapter", "nowhere"], "--motion-adapter nowhere cannot be read"), (["--motion-adapter", "ADAPTER", "--data", "pickapic"], "folders only"),
+    (["--motion-adapter", "ADAPTER", "--data", "no/such"], "no/such"), (["--dry-run", "--frames", "9", "--motion-adapter", "ADAPTER"], "knows 8"),
+    (["--motion-adapter", "ADAPTER", "--unet", "ADAPTER"], "holds a MotionAdapter"), (["--motion-adapter", "MODEL"], "holds a UNet2D"),
+    (["--dry-run", "--motion-adapter", "nowhere"], "--motion-adapter nowhere"),
+    (["--model", "mini-video", "--data", "mini-video", "--resolution", "16", "--frames", "4"], "its own resolution and number of frames"),
+    (["--model", "mini", "--data", "mini", "--resolution", "32"], "its own resolution"),
+    (["--motion-adapter", "ADAPTER", "--data", "mini-video"], "for --model mini-video"),
     (["--method", "dpo", "--motion-adapter", "ADAPTER", "--frames", "4"], "no losing pictures"),
-    (["--model", "mini-video", "--data", "mini", "--resolution", "16"], "not clips"),
-    (["--model", "mini", "--data", "mini-video", "--resolution", "16"], "has clips"),
+    (["--model", "mini-video", "--data", "mini", "--resolution", "16"], "is for --model mini,"),
+    (["--model", "mini", "--data", "mini-video", "--resolution", "16"], "is for --model mini-video"),
     (["--model", "mini", "--motion-adapter", "x", "--resolution", "16"], "mini-video")])
 def test_video_refusals(pipeline, adapter, clips, argv, says, capsys):
-    assert run(pipeline, clips, *(str(adapter) if word == "ADAPTER" else word for word in argv)) == 2
+    assert run(pipeline, clips, *({"ADAPTER": str(adapter), "MODEL": str(pipeline)}.get(word, word) for word in argv)) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1, err
 
@@ -1272,7 +1305,7 @@ def test_evaluation_of_clips(pipeline, adapter, evaluate, scorer_weights):
     """Picture scorers give the mean over a clip's frames; motion alone, or a whole UNet, stands beside the base."""
     torch.manual_seed(2)
     MotionAdapter(**MOTION).save_pretrained("run/checkpoint-2/motion_adapter")
-    UNetMotionModel.from_unet2d(seppo.load_unet(pipeline), MotionAdapter(**MOTION)).save_pretrained("whole/unet")
+    UNetMotionModel.from_unet2d(seppo.load_unet(pipeline), MotionAdapter(**MOTION)).save_pretrained("whole")
     assert evaluate("--motion-adapter", adapter, "--frames", 3, "--unet", "run", "whole", "same=" + str(adapter)) == 0
     rows = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
     scorer = evaluation.load_scorer("clip", scorer_weights)
@@ -1285,7 +1318,7 @@ def test_evaluation_of_clips(pipeline, adapter, evaluate, scorer_weights):
     assert all(score["same", i] == score["base", i] and score["run", i] != score["base", i] != score["whole", i] for i in range(7))
     with Image.open("out/grid.webp") as grid:
         assert grid.n_frames == 3 and grid.width == 5 * 192
-    assert "3 frames" in Path("out/table.md").read_text()
+    assert "3 frames" in Path("out/table.md").read_text() and evaluation.resolve(["--model", "x", "--motion-adapter", "y", "--device", "cpu"]).batch_size == 1
     assert evaluate("--motion-adapter", adapter, "--frames", 3, "--unet", "x=nowhere") == 2
 
 
