@@ -233,6 +233,8 @@ def to_pixels(picture, resolution, flip=False, frames=None, start=0.0):
     """Bytes, a path or an open picture -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay.
     A clip's path, if `frames` is given (see read_clip) -> (3, F, R, R)."""
     if isinstance(picture, torch.Tensor):
+        if picture.shape[-1] != resolution:  # the miniature's, for another model
+            picture = F.interpolate(picture[None], resolution)[0]
         return picture.flip(-1) if flip else picture
     if frames:
         sizes, pixels = zip(*((frame.size, to_pixels(frame, resolution, flip)) for frame in read_clip(Path(picture), frames, start)))
@@ -286,8 +288,7 @@ def read_clip(clip, frames, start):
 def open_data(o):
     """--data: a miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
     folder = Path(o.data).is_dir() and not any(Path(o.data).rglob("*.parquet"))
-    source = {**dict.fromkeys(MINI_DATA, open_mini), "random": open_random}.get(o.data) or (
-        functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet)
+    source = open_mini if o.data in MINI_DATA else functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet
     need(folder or not o.frames or o.data in MINI_DATA, f"--data {o.data} is no folder: clips are read from folders only")
     return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners, o.frames)
 
@@ -306,15 +307,6 @@ def open_folder(name, clips=False):
                     for p in pictures]
         if not any(caption for caption, _ in rows):
             raise ValueError(f"no captioned {'clips' if clips else 'pictures'}")
-    return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
-
-def open_random(name):
-    """`random`: pairs of JPEGs of noise, for --model random-sd15."""
-    def jpeg(seed):
-        file, noise = io.BytesIO(), torch.randint(256, (3 * 64 * 64,), generator=torch.Generator().manual_seed(seed))
-        Image.frombytes("RGB", (64, 64), bytes(noise.tolist())).resize((768, 768)).save(file, "JPEG")
-        return file.getvalue()
-    rows = [(f"picture {i}", jpeg(2 * i), jpeg(2 * i + 1)) for i in range(16)]
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
 
 def open_parquet(name):
@@ -1043,7 +1035,7 @@ def resolve(argv=None):
     """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
     given = parse(OPTIONS, argv, "SePPO: align a diffusion model with liked pictures.")
     model = given.get("model", PAPER["model"])
-    defaults = PAPER | MINI.get(model, {}) | ({"data": "random"} if model == "random-sd15" else {}) | (CLIPS if given.get("motion_adapter") else {})
+    defaults = PAPER | MINI.get(model, {}) | (CLIPS if given.get("motion_adapter") else {})
     defaults |= METHODS[given.get("method", defaults["method"])]
     o = argparse.Namespace(**defaults | given)
     o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
@@ -1074,10 +1066,9 @@ def check(o):
 
 def check_training(o):
     need(not o.train or o.frames, "--train is for clips: it needs --motion-adapter")
-    need(o.model in MINI or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
-    own = {k: MINI["mini-video" if "video" in o.data else "mini"].get(k) for k in ("resolution", "frames")}
-    need(o.data not in MINI_DATA or o.model in MINI and own == {k: vars(o)[k] for k in own},
-         f"--data {o.data} is for --model {'mini-video' if own['frames'] else 'mini'}, at its own resolution and number of frames")
+    need(o.model in (*MINI, "random-sd15") or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
+    frames = SMALL_CLIPS["frames"] if "video" in o.data else None
+    need(o.data not in MINI_DATA or o.frames == frames, f"--data {o.data} has {'clips of 8 frames' if frames else 'no clips'}")
     need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
     need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
     need(o.device != "cpu" or o.dtype != "tf32", "--dtype tf32 needs a GPU: take fp32")
