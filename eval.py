@@ -642,7 +642,7 @@ OPTIONS = (  # name, default (or a type where there is none), what it is, choice
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
     ("dtype", str, "of the UNet, VAE and text encoder [fp16 on a GPU, fp32 on a CPU]", ("fp16", "bf16", "fp32")),
     ("out", str, "where the table and pictures go; pictures that are there are not made again [runs/eval-MODEL]"),
-    ("study", str, "compare all methods on the miniature, 318 runs (full) or 35 (small), and do nothing else", STUDIES),
+    ("study", str, "compare all methods on the miniature, 322 runs (full) or 36 (small), and do nothing else", STUDIES),
     ("runs", list, "draw curves.png of what these runs logged; given alone, only that"),
 )
 TINY = dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16)
