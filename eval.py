@@ -615,7 +615,7 @@ def draw_heat(mean, grids, plan, at_base, path):
                  yticklabels=[f"{beta:g}" if beta else "" for beta in betas], ylabel="beta")
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value - at_base) > .6 * reach else "black")
     figure.suptitle(f"mean score on the tuning seeds; the base model has {at_base:.2f}")
     with whole(path) as file:
         figure.savefig(file, format="png", dpi=100)
