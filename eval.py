@@ -11,7 +11,7 @@ A prompt's noise has a seed of its own, the same for every model and in every li
 base picture by picture. `--protocol paper` evaluates as SePPO's authors did. There is no safety checker: it would blacken
 pictures and poison the means.
 """
-import argparse, contextlib, copy, csv, datetime, functools, hashlib, html, itertools, json
+import argparse, contextlib, copy, csv, datetime, functools, hashlib, html, io, itertools, json
 import math, multiprocessing, os, re, sys, textwrap, unicodedata
 from collections import Counter, OrderedDict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -484,7 +484,7 @@ VARIANTS = {name: ["--method", name] for name in seppo.METHODS} | {  # the prese
     "random, no flip": ["--flip", "none"], "latest, sign": ["--reference", "latest"], "initial, sign": ["--reference", "initial"]}
 STUDIES = {"full": dict(lr=(1e-5, 3e-5, 1e-4, 3e-4, 9e-4), beta=(5, 25, 125), tuning=(0, 1), seeds=range(10, 18)),
            "small": dict(lr=(3e-5, 3e-4), beta=(5,), tuning=(0,), seeds=range(10, 12))}
-T95 = {2: 12.706, 3: 4.303, 8: 2.365}  # Student's t, by the number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by the number of seeds
 
 @torch.no_grad()
 def mini_pictures(unet, captions, noise):
@@ -519,7 +519,7 @@ def anchor_truth(run, rule, n=256, many=16):
             "precision_many": share(better, minus_many)}
 
 def cell_folder(out, variant, lr, beta, seed):
-    return Path(out, "cells", re.sub(r"\W+", "-", variant) + f"-lr{lr:g}-beta{beta:g}-seed{seed}")
+    return Path(out, re.sub(r"\W+", "-", variant) + f"-lr{lr:g}-beta{beta:g}-seed{seed}")
 
 def run_cell(out, variant, lr, beta, seed, keep=False):
     """One cell -> {"score": the mean of 480 pictures (0, as plain grey, if the loss ceased to be finite), ...}; from the disk
@@ -530,19 +530,20 @@ def run_cell(out, variant, lr, beta, seed, keep=False):
     argv += VARIANTS[variant]
     if not path.exists():
         torch.set_num_threads(1)
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
             code, o = seppo.main(argv), seppo.resolve(argv)
-        need(code == 0 or (run / "metrics.jsonl").exists(), f"a cell of the study failed: python seppo.py {' '.join(argv)}")
+        reason = said.getvalue().strip().rpartition("\n")[2]
+        need(code == 0 or "gradient norm" in reason, f"a cell of the study failed: python seppo.py {' '.join(argv)}: {reason}")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         cell = {"argv": argv, "score": 0.0 if code else mini_mean(seppo.load_unet(run / f"checkpoint-{o.steps}"))}
         if o.loser == "generated":
             cell |= {sign: [line[sign] for line in lines] for sign in ("sign_neg", "sign_zero", "sign_pos")}
             cell |= anchor_truth(run, o.reference) if keep and o.flip != "none" and code == 0 else {}
+        with whole(path) as file:
+            file.write_text(json.dumps(cell))
         for old in (run / "resume", *run.glob("checkpoint-*")):  # hundreds of runs
             if not keep or old.name != f"checkpoint-{o.steps}":
                 seppo.remove(old)
-        with whole(path) as file:
-            file.write_text(json.dumps(cell))
     return json.loads(path.read_text())
 
 def run_cells(out, cells, keep, what):
@@ -559,26 +560,31 @@ def interval(values):
     return values.mean().item(), T95[len(values)] * values.std().item() / len(values) ** .5
 
 def anchor_cells(variant, runs):
-    """Of the runs that have an anchor: how often its sign is -1, and what that is worth."""
-    if "precision" not in runs[0]:
-        return [""] * 6
+    """Of the runs that have an anchor and did not diverge: how often its sign is -1, and what that is worth."""
+    runs = [run for run in runs if "precision" in run]
+    if len(runs) < 2:
+        return [""] * 7
     signs = [run["sign_zero" if variant == "sspo" else "sign_neg"] for run in runs]  # the indicator makes 0 of -1
     halves = [[sum(half) / len(half) for half in (sign[:len(sign) // 2], sign[len(sign) // 2:])] for sign in signs]
-    rates = [*zip(*halves), *([run[key] for run in runs] for key in ("better", "precision", "recall", "precision_many"))]
+    both = [run["better"] * run["recall"] for run in runs]  # better, and the sign is -1
+    plus = [(run["better"] - b) / max(1e-9, 1 - b / max(1e-9, run["precision"])) for run, b in zip(runs, both)]
+    rates = [*zip(*halves), *([run[key] for run in runs] for key in ("better", "precision")), plus,
+             *([run[key] for run in runs] for key in ("recall", "precision_many"))]
     return ["{:.0%} ± {:.0%}".format(*interval(rate)) for rate in rates]
 
 def study(o):
     """study.md: the comparison; heat.png: every method over the grid; strip.png: samples at equal noise."""
     plan, out = argparse.Namespace(**STUDIES[o.study]), Path(o.out)
     base = seppo.load_mini("mini")  # trained here, once, before many processes need it
+    home = out / f"cells-{digest(base, seppo.MINI, VARIANTS)}"  # another base model or other settings: other cells
     grids = {v: list(itertools.product(plan.lr, plan.beta if v != "sft" else (0,))) for v in VARIANTS}  # SFT has no beta
-    tuning = run_cells(out, [(v, *at, seed) for v in VARIANTS for at in grids[v] for seed in plan.tuning], False, "tuning")
+    tuning = run_cells(home, [(v, *at, seed) for v in VARIANTS for at in grids[v] for seed in plan.tuning], False, "tuning")
     mean = {(v, *at): sum(tuning[v, *at, seed]["score"] for seed in plan.tuning) / len(plan.tuning) for v in VARIANTS for at in grids[v]}
     best = {v: max(grids[v], key=lambda at: mean[v, *at]) for v in VARIANTS}
-    final = run_cells(out, [(v, *best[v], seed) for v in VARIANTS for seed in plan.seeds], True, "comparison")
+    final = run_cells(home, [(v, *best[v], seed) for v in VARIANTS for seed in plan.seeds], True, "comparison")
     at_base, cells = mini_mean(base), {v: [final[v, *best[v], seed] for seed in plan.seeds] for v in VARIANTS}
     heads = ("method", "lr", "beta", "score", "minus sft", "minus seppo", "grid cells below the base", "sign -1: first half", "second half",
-             "x^r better", "precision of -1", "recall of -1", "precision, 16 draws")
+             "x^r better", "where the sign is -1", "where it is +1", "recall of -1", "where 16 draws say -1")
     rows = [heads, ["---"] * len(heads)]
     for v, runs in cells.items():
         score = "{:.3f} ± {:.3f}".format(*interval([run["score"] for run in runs]))
@@ -595,13 +601,13 @@ def study(o):
         file.write_text(text + "\n", "utf-8")
     draw_heat(mean, grids, plan, at_base, out / "heat.png")
     last, captions = f"checkpoint-{seppo.MINI['mini']['steps']}", seppo.CAPTIONS[:12]
-    nets = {"base": base} | {v: seppo.load_unet(cell_folder(out, v, *best[v], plan.seeds[0]) / last)
-                             for v in ("sft", "spin", "seppo") if v in VARIANTS}
+    ends = {v: cell_folder(home, v, *best[v], plan.seeds[0]) / last for v in ("sft", "spin", "seppo") if v in VARIANTS}
+    nets = {"base": base} | {v: seppo.load_unet(end) for v, end in ends.items() if end.is_dir()}  # what diverged has none
     noise = torch.stack(start_noise(captions, (12, 8, 8)))
     pictures = torch.cat([mini_pictures(net, captions, noise) for net in nets.values()])  # (nets x 12, 3, 16, 16)
     tiles = [Image.fromarray(p).resize((80, 80), Image.NEAREST) for p in ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
     save_png(diffusers.utils.make_image_grid(tiles, len(nets), 12), out / "strip.png")
-    print(f"\nIn {out}: study.md, heat.png, strip.png ({', '.join(nets)}, seed {plan.seeds[0]}), cells/")
+    print(f"\nIn {out}: study.md, heat.png, strip.png ({', '.join(nets)}, seed {plan.seeds[0]}), {home.name}/")
 
 def draw_heat(mean, grids, plan, at_base, path):
     """heat.png: the mean score of every cell of the grid; white is the base, red below it."""
@@ -674,18 +680,19 @@ def resolve(argv=None):
         o.rank = int(os.environ["RANK"]) if o.world > 1 else 0
         if o.world > 1:  # a day, since another process may have far more left to do
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    need(not o.study or given.keys() <= {"study", "out", "device"} and o.world == 1, "--study takes --out only, and one process: it uses all cores")
     o.curves_only = given.keys() - {"out"} == {"runs"}
     return o
 
 def evaluate(argv):
     o = resolve(argv)
     with reading(f"--out {o.out}", "choose another"):
-        Path(o.out, "pictures").mkdir(parents=True, exist_ok=True)
+        Path(o.out, "" if o.study else "pictures").mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.allow_tf32 = False  # which convolutions would use on a GPU where fp32 is meant
-    if o.runs and o.rank == 0:
-        draw_curves(o.runs, Path(o.out, "curves.png"))
     if o.study:
         return study(o)
+    if o.runs and o.rank == 0:
+        draw_curves(o.runs, Path(o.out, "curves.png"))
     if o.curves_only:
         return
     if o.model in seppo.MOVED and not Path(o.model).is_dir() and o.rank == 0:

@@ -675,7 +675,8 @@ class Trainer:
         that need no reference sample under --flip indicator. The former's share of the generation is all there is to do."""
         parts = zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context)))
         policy, reference = (torch.cat(m) for m in zip(*(self.errors(*part) for part in parts)))
-        return (policy < reference).nonzero()[:, 0], (policy >= reference).nonzero()[:, 0]
+        plus = policy < reference  # what is not a number goes on among the others, and stops the run
+        return plus.nonzero()[:, 0], (~plus).nonzero()[:, 0]
 
     def check_numeric_path(self):
         """With equal weights s_w and s_r must be exactly 0, or beta makes preferences out of rounding."""
@@ -720,7 +721,7 @@ class Trainer:
                 sums.update({k: v.detach().sum() for k, v in statistics.items()})
                 counts.update({k: len(i) for k in statistics})
             marks.append(mark(self.device))
-        means = torch.stack([sums[k] / counts[k] for k in sums]).tolist()  # the first time that the CPU waits for the GPU
+        means = torch.stack([sums[k] / counts[k] for k in sums]).tolist()
         seconds = {f"seconds_{name}": sum(map(elapsed, marks[i::4], marks[i + 1::4])) for i, name in enumerate(PHASES)}
         return dict(zip(sums, means)), skipped, seconds
 
@@ -843,7 +844,7 @@ def mark(device):
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 def elapsed(a, b):
@@ -894,8 +895,8 @@ def measure(whole_run):
     """--time: what a run as configured would take on this machine, from its first micro-batches; the first of two warms up."""
     from torch.utils.flop_counter import FlopCounterMode
     o, checkpoints = copy.copy(whole_run), len({*range(0, whole_run.steps, whole_run.save_every), whole_run.steps})
-    o.batch_size, o.sampler_steps = max(o.generate_batch, o.micro_batch), min(2, o.sampler_steps)  # a solver's steps are all alike
-    o.flip = "none" if o.flip == "indicator" else o.flip  # at equal weights it would generate nothing
+    o.batch_size, o.sampler_steps = max(o.generate_batch, o.micro_batch), min(5, o.sampler_steps)  # a solver's steps are all alike
+    o.flip = "none" if o.flip == "indicator" else o.flip  # at equal weights it would generate nothing: this is its upper bound
     with tempfile.TemporaryDirectory(dir=next(p for p in Path(o.out).absolute().parents if p.is_dir())) as o.out:
         trainer = Trainer(o, open_data(o))
         point, x = functools.partial(mark, trainer.device), torch.randn(1, *trainer.shape, device=trainer.device)
@@ -925,7 +926,8 @@ def measure(whole_run):
         print(f"  {phase:9} {each:9.4f} s" + f", {speed:.3g} TFLOP/s, {speed / peak:.0%} of a matrix product's" * (each > 1e-6 and speed > 0))
     total = whole_run.steps * (whole_run.batch_size * sum(seconds.values()) + optimizer) + checkpoints * save
     print(f"an update's optimizer step {optimizer:.3f} s, a checkpoint {save:.2f} s, peak memory {peak_gb(x.device) or 0:.2f} GB; a matrix product "
-          f"({n} x {n}, {str(dtype)[6:]}) {peak:.3g} TFLOP/s\nthe whole run on this device alone: {total / 3600:.3g} hours")
+          f"({n} x {n}, {str(dtype)[6:]}) {peak:.3g} TFLOP/s\nthe whole run on this device alone: {total / 3600:.3g} hours"
+          + ", less what the anchor spares: this counts a reference sample for every winner" * (whole_run.flip == "indicator"))
 
 def plan(o, data, unet):
     """The resolved options and what follows from them, in words."""

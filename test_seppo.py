@@ -485,6 +485,20 @@ def test_fp16_overflow_is_redone(pipeline, tmp_path, monkeypatch):
     assert metrics("high")[-1]["policy_w"] == pytest.approx(metrics("run")[-1]["policy_w"], rel=0.05)
 
 
+def test_the_generator_is_the_reference(pipeline, tmp_path, monkeypatch):
+    """In half precision a copy generates: it must follow when the reference is drawn anew."""
+    data, gradients, seen = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), seppo.Trainer.gradients, []
+
+    def checked(self, update):
+        assert self.generator is not self.reference and same(self.generator.state_dict(), {k: v.bfloat16() for k, v in self.reference.state_dict().items()})
+        seen.append(next(self.generator.parameters()).sum().item())
+        return gradients(self, update)
+
+    monkeypatch.setattr(seppo.Trainer, "gradients", checked)
+    assert run(pipeline, data, "--dtype", "bf16", "--reference", "latest") == 0
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
 def test_numeric_path_is_checked(pipeline, tmp_path, monkeypatch, capsys):
     data, error = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), seppo.denoising_error
     monkeypatch.setattr(seppo, "denoising_error", lambda unet, *args: error(unet, *args) * (1 + 1e-6 * (not torch.is_grad_enabled())))
@@ -1365,12 +1379,12 @@ def test_the_study_is_honest(small_study, capsys, monkeypatch):
     base = re.search(r"base model: (\S+)\.", Path("study/study.md").read_text()).group(1)
     assert rows["same as sft"][4] == "+0.000 ± 0.000" and rows["sft"][4] == ""
     assert rows["seppo"][3] == f"{base} ± 0.000", "at a learning rate of nothing"
-    assert rows["sspo"][3] != rows["sft"][3] and rows["sft"][7:] == [""] * 6 and rows["sspo"][-1].endswith("%")
+    assert rows["sspo"][3] != rows["sft"][3] and rows["sft"][7:] == [""] * 7 and rows["sspo"][-1].endswith("%")
     for name in ("heat.png", "strip.png"):
         with Image.open(Path("study", name)) as image:
             assert image.width > 900
-    scores = {path.name: json.loads(path.read_text())["score"] for path in Path("study/cells").glob("*.json")}
-    assert len(scores) == 4 + 4 * 2 and not [*Path("study/cells").glob("*/resume")]
+    scores = {path.name: json.loads(path.read_text())["score"] for path in Path("study").glob("cells-*/*.json")}
+    assert len(scores) == 4 + 4 * 2 and not [*Path("study").glob("cells-*/*/resume")]
     monkeypatch.setattr(seppo, "Trainer", lambda *args: pytest.fail("a cell that is done is not run again"))
     assert evaluation.main(["--study", "small", "--out", "study"]) == 0
 
@@ -1402,6 +1416,49 @@ def test_the_anchors_truth(tmp_path, monkeypatch):
 
 def test_interval_of_the_study():
     assert evaluation.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3 ** .5))
+    assert evaluation.interval([0.0, 1.0] * 4) == (0.5, pytest.approx(2.365 * (2 / 7) ** .5 / 8 ** .5))
+
+
+def test_the_studys_table_from_planted_cells(small_study, monkeypatch):
+    """Known scores on a grid of two: the best cell, the intervals, the signs of the differences, and a run that diverged."""
+    monkeypatch.setattr(evaluation, "VARIANTS", {v: ["--method", v] for v in ("seppo", "sspo", "sft")})
+    monkeypatch.setattr(evaluation, "STUDIES", {"small": dict(lr=(1e-3, 1e-2), beta=(5,), tuning=(0, 1), seeds=range(10, 12))})
+    score = {("seppo", 1e-3): -.5, ("seppo", 1e-2): .6, ("sspo", 1e-3): .4, ("sspo", 1e-2): .45, ("sft", 1e-3): .5, ("sft", 1e-2): .3}
+    sees = dict(better=.5, precision=.8, recall=.4, precision_many=.9)  # of 100: 25 are -1, 20 of them better; 30 of the other 75
+
+    def planted(out, cells, keep, what):
+        found = {}
+        for v, lr, beta, seed in cells:
+            assert beta == (0 if v == "sft" else 5) and (seed < 10) == (not keep) == (what == "tuning")
+            found[v, lr, beta, seed] = {"score": score[v, lr] + {11: .04}.get(seed, 0) * (v == "seppo")} | dict.fromkeys(
+                ("sign_neg", "sign_zero", "sign_pos"), [0, 0, 1, 1]) | (sees if keep and v != "sft" else {})
+        if keep:
+            found["sspo", 1e-2, 5, 10] = {"score": 0.0}  # it diverged
+        return found
+
+    monkeypatch.setattr(evaluation, "run_cells", planted)
+    assert evaluation.main(["--study", "small", "--out", "study"]) == 0
+    text = Path("study/study.md").read_text()
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|")}
+    assert rows["seppo"] == ["0.01", "5", "0.620 ± 0.254", "+0.120 ± 0.254", "", "1 of 2", "0% ± 0%", "100% ± 0%", "50% ± 0%", "80% ± 0%", "40% ± 0%",
+                             "40% ± 0%", "90% ± 0%"]
+    assert rows["sft"][:6] == ["0.001", "", "0.500 ± 0.000", "", "-0.120 ± 0.254", "1 of 2" if float(re.search(r"base model: (\S+)\.", text).group(1)) > .3 else "0 of 2"]
+    assert rows["sspo"][2] == "0.225 ± 2.859" and rows["sspo"][6:] == [""] * 7, "one run is no interval"
+    assert evaluation.main(["--study", "small", "--seed", "3"]) == 2
+
+
+def test_a_cell_that_fails_is_no_divergence(small_study, monkeypatch):
+    """A refusal is said, and not taken for a score of 0; a loss that ceases to be finite is one."""
+    seppo.load_mini("mini")
+    run = evaluation.cell_folder("c", "seppo", 1e-3, 5, 10)
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"options": {"seed": 3}}))
+    with pytest.raises(seppo.UserError, match="other options"):
+        evaluation.run_cell("c", "seppo", 1e-3, 5, 10)
+    for variant in ("seppo", "sspo"):
+        monkeypatch.setitem(evaluation.VARIANTS, variant, ["--method", variant, "--steps", "3"])
+        monkeypatch.setattr(seppo.Winners, "fetch", lambda self, n: ("a red disc", *[torch.full((3, 16, 16), math.nan if n > 7 else 0.)] * 2, 0))
+        assert evaluation.run_cell("d", variant, 1e-3, 5, 10)["score"] == 0.0
 
 
 # ---- Errors: one line, exit code 2 ----------------------------------------------------------------------------------
@@ -1494,15 +1551,17 @@ slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="minutes: SLOW=1
 
 
 @slow
-def test_slow_the_readme_command_learns():
-    """python seppo.py, from nothing: base model, alignment, picture, and a score well above the base's."""
-    done = subprocess.run([sys.executable, str(HERE / "seppo.py")], capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    scored = subprocess.run([sys.executable, str(HERE / "eval.py")], capture_output=True, text=True, timeout=600)
-    assert scored.returncode == 0, scored.stderr
-    before, before_error, after, after_error = map(float, re.search(r"base \| (\S+) ± (\S+).*?mini-seppo \| (\S+) ± (\S+)", scored.stdout, re.S).groups())
-    assert after - before > 5 * math.hypot(before_error, after_error), scored.stdout
-    assert Path("runs/mini-seppo/samples/step-100.png").exists()
+def test_slow_the_readme_commands_learn():
+    """python seppo.py, from nothing: base model, alignment, picture, and a score well above the base's; then the same in motion."""
+    for model, picture in (("mini", "step-100.png"), ("mini-video", "step-60.webp")):
+        done = subprocess.run([sys.executable, str(HERE / "seppo.py"), "--model", model], capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr
+        scored = subprocess.run([sys.executable, str(HERE / "eval.py"), "--model", model], capture_output=True, text=True, timeout=600)
+        assert scored.returncode == 0, scored.stderr
+        found = re.search(rf"base \| (\S+) ± (\S+).*?{model}-seppo \| (\S+) ± (\S+)", scored.stdout, re.S)
+        before, before_error, after, after_error = map(float, found.groups())
+        assert after - before > 5 * math.hypot(before_error, after_error), scored.stdout
+        assert Path(f"runs/{model}-seppo/samples", picture).exists()
 
 
 @slow
