@@ -483,7 +483,7 @@ def draw_curves(runs, path, window=10):
 VARIANTS = {name: ["--method", name] for name in seppo.METHODS} | {  # the presets, and single switches from seppo
     "random, no flip": ["--flip", "none"], "latest, sign": ["--reference", "latest"], "initial, sign": ["--reference", "initial"]}
 STUDIES = {"full": dict(lr=(1e-5, 3e-5, 1e-4, 3e-4, 9e-4), beta=(5, 25, 125), tuning=(0, 1), seeds=range(10, 18)),
-           "small": dict(lr=(3e-5, 3e-4), beta=(5,), tuning=(0,), seeds=range(10, 12))}
+           "small": dict(lr=(1e-4,), beta=(5,), tuning=(0,), seeds=range(10, 12))}
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by the number of seeds
 
 @torch.no_grad()
@@ -612,7 +612,7 @@ def study(o):
 def draw_heat(mean, grids, plan, at_base, path):
     """heat.png: the mean score of every cell of the grid; white is the base, red below it."""
     figure, axes = subplots(3, 3, figsize=(11, 8))
-    reach = max(mean.values()) - at_base  # what diverged is far below: it has the darkest red
+    reach = max(max(mean.values()) - at_base, 1e-3)  # what diverged is far below: it has the darkest red
     for axis, (v, grid) in zip(axes.flat, grids.items()):
         betas = sorted({beta for _, beta in grid})
         values = [[mean[v, lr, beta] for lr in plan.lr] for beta in betas]
@@ -648,7 +648,7 @@ OPTIONS = (  # name, default (or a type where there is none), what it is, choice
     ("device", "auto", "auto, cpu, cuda, cuda:1"),
     ("dtype", str, "of the UNet, VAE and text encoder [fp16 on a GPU, fp32 on a CPU]", ("fp16", "bf16", "fp32")),
     ("out", str, "where the table and pictures go; pictures that are there are not made again [runs/eval-MODEL]"),
-    ("study", str, "compare all methods on the miniature, 322 runs (full) or 36 (small), and do nothing else", STUDIES),
+    ("study", str, "compare all methods on the miniature, 322 runs (full) or 27 (small), and do nothing else", STUDIES),
     ("runs", list, "draw curves.png of what these runs logged; given alone, only that"),
 )
 TINY = dict(prompts="mini", scorers="mini", sampler_steps=8, guidance=1.0, resolution=16)
