@@ -412,9 +412,10 @@ def report(o, files, prompts, scores, missing):
     rows = table(columns, o.prompts == "pickapic" and len(prompts) == NAMED["pickapic"])
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
     hps = f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; " * any("hps" in name for name in o.scorers)
-    text = [rows, f"{len(prompts)} prompts ({o.prompts}), one {'clip' if o.frames else 'picture'} each. ± is the standard error over prompts; wins: the share of prompts "
-            f"where the model's {'clip' if o.frames else 'picture'} scores above the base's, with its 95 % interval; x100: scores are multiplied.",
-            f"Model {o.model}; {o.resolution} pixels, {f'{o.frames} frames (picture scorers: their mean), ' * bool(o.frames)}{o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
+    what, frames = ("clip", f"{o.frames} frames (picture scorers: their mean), ") if o.frames else ("picture", "")
+    text = [rows, f"{len(prompts)} prompts ({o.prompts}), one {what} each. ± is the standard error over prompts; wins: the share of prompts "
+            f"where the model's {what} scores above the base's, with its 95 % interval; x100: scores are multiplied.",
+            f"Model {o.model}; {o.resolution} pixels, {frames}{o.solver}, {o.sampler_steps} steps, guidance {o.guidance:g}, {o.dtype}, {o.device}, "
             f"seed {o.seed}, protocol {o.protocol}, no safety checker; {hps}{versions}.",
             *["The paper's figures are of its own protocol (--protocol paper): another solver, another resize in HPSv2."] * (
                 "paper's own" in rows and o.protocol != "paper"),
@@ -680,7 +681,7 @@ def resolve(argv=None):
         o.rank = int(os.environ["RANK"]) if o.world > 1 else 0
         if o.world > 1:  # a day, since another process may have far more left to do
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-    need(not o.study or given.keys() <= {"study", "out", "device"} and o.world == 1, "--study takes --out only, and one process: it uses all cores")
+    need(not o.study or given.keys() <= {"study", "out"} and o.world == 1, "--study takes --out only, and one process: it uses all cores")
     o.curves_only = given.keys() - {"out"} == {"runs"}
     return o
 

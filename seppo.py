@@ -82,8 +82,8 @@ def choose_reference(k, rule, generator=None):
 def denoising_error(unet, scheduler, x_0, eps, t, context):
     """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
 
-    x_0, eps: (B, C, h, w), or of clips (B, C, F, h, w), fp32 latents and noise. t: (B,) integer timesteps. context: (B, tokens,
-    width) captions.
+    x_0, eps: (B, C, h, w), or of clips (B, C, F, h, w), fp32 latents and noise. t: (B,) integer timesteps.
+    context: (B, tokens, width) captions.
     scheduler: a diffusers scheduler that knows abar and what the net predicts.
     """
     x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
@@ -938,7 +938,8 @@ def plan(o, data, unet):
             + f"\n{o.steps} updates of {o.batch_size} = {winners:,} winners, {winners / data.total:.2g} epochs of {data.total:,} rows; an "
             f"update accumulates {o.batch_size // o.micro_batch} micro-batches of {o.micro_batch}\n{gb * 250:.1f} M parameters, "
             f"{trained * 250:.1f} M train: memory for weights {nets * gb:.2f} GB, gradients {trained:.2f}, optimizer {2 * trained:.2f}, and "
-            f"activations; disk for {checkpoints} checkpoints {checkpoints * (gb if checkpoint_part(o) == 'unet' else trained):.2f} GB, to resume from {3 * trained:.2f}")
+            f"activations; disk for {checkpoints} checkpoints {checkpoints * (gb if checkpoint_part(o) == 'unet' else trained):.2f} GB, "
+            f"to resume from {3 * trained:.2f}")
 
 def how_to_load(o):
     name, part, pipe, more = MOVED.get(o.model, o.model), checkpoint_part(o), "StableDiffusionPipeline", ""
@@ -984,7 +985,7 @@ OPTIONS = (  # name, default (the paper's, or a type where there is none), what 
     ("micro-batch", 1, "winners per forward pass: lower it when memory runs out, the result stays"),
     ("generate-batch", 16, "reference samples generated at a time [1 with --motion-adapter]"),
     ("compile", False, "generate with a compiled UNet: faster after some minutes"),
-    ("gradient-checkpointing", False, "compute activations again in the backward pass: far less memory, a third more training time [on with --motion-adapter]"),
+    ("gradient-checkpointing", False, "compute activations again in the backward pass: less memory, more time [on with --motion-adapter]"),
     ("lr", 2.048e-5, "learning rate after the warm-up; nothing scales it"),
     ("solver", "dpm++", "the diffusers scheduler that makes reference samples", SOLVERS),
     ("sampler-steps", 20, "its steps: most of a run's cost"),
@@ -1006,7 +1007,8 @@ MINI = {  # what the miniature changes: it is small, and its errors are far larg
     "mini-video": SMALL_CLIPS | dict(steps=60, save_every=12, lr=3e-4, beta=5.0, data="mini-video"),
     "mini-video-untrained": SMALL_CLIPS | dict(steps=300, save_every=300, lr=1e-3, data="mini-video-mixture", method="sft", train="all"),
 }
-MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "gradient_checkpointing", "compile", "time", "device", "resume_from_checkpoint")  # when resuming
+MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "gradient_checkpointing", "compile", "time",
+              "device", "resume_from_checkpoint")  # when resuming
 ALIASES = {"--pretrained-model-name-or-path": "--model", "--dataset-name": "--data", "--max-train-samples": "--max-winners",
            "--num-frames": "--frames", "--output-dir": "--out", "--max-train-steps": "--steps", "--checkpointing-steps": "--save-every",
            "--learning-rate": "--lr", "--guidance-scale": "--guidance", "--mixed-precision": "--dtype"}
