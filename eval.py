@@ -663,8 +663,7 @@ def resolve(argv=None):
     defaults = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
     o = argparse.Namespace(**defaults | PRESETS.get(given.get("model", "mini"), {}) | PRESETS.get(
         given.get("motion_adapter") and "motion adapter", {}) | PRESETS.get(given.get("protocol"), {}) | given)
-    if o.device in ("auto", "cuda"):
-        o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or o.device == "cuda" else "cpu"
+    seppo.join(o)
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
     o.out = o.out or f"runs/study-{o.study}" * bool(o.study) or f"runs/eval-{Path(o.model).resolve().name}"
     seppo.check(o)
@@ -676,12 +675,9 @@ def resolve(argv=None):
     need(weights.is_dir(), f"--scorer-weights {weights} is no folder")
     need(not o.scorer_weights or len(o.scorers) == 1 or not (weights / "config.json").exists(),
          f"--scorer-weights {weights}: several scorers need a folder for each repository in it, OWNER/NAME or NAME")
-    with reading("torchrun's WORLD_SIZE and RANK", "start it with torchrun, or unset them"):
-        o.world = int(os.environ.get("WORLD_SIZE", 1))
-        o.rank = int(os.environ["RANK"]) if o.world > 1 else 0
-        if o.world > 1:  # a day, since another process may have far more left to do
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     need(not o.study or given.keys() <= {"study", "out"} and o.world == 1, "--study takes --out only, and one process: it uses all cores")
+    if o.world > 1:  # a day, since another process may have far more left to do
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     o.curves_only = given.keys() - {"out"} == {"runs"}
     return o
 

@@ -13,8 +13,8 @@ The same command again resumes. From top to bottom: the objective, the reference
 the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weight averaging, trackers (metrics.jsonl has
 one JSON object per update) and the safety checker (it judges pictures; training never leaves latent space).
 """
-import argparse, bisect, contextlib, copy, functools, hashlib, io, itertools, json, math
-import os, random, re, shutil, sys, tempfile, threading, time, warnings
+import argparse, bisect, contextlib, copy, datetime, functools, hashlib, io, itertools, json, math
+import os, random, re, shutil, signal, sys, tempfile, threading, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -25,6 +25,7 @@ except ImportError:  # Windows
     resource = None
 
 import diffusers, huggingface_hub, torch, transformers
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.utils import make_image_grid
@@ -146,6 +147,11 @@ COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0"}  # label_0: 1 = jpg_0 wins, 0
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
+    code = 2
+
+class Stopped(UserError):
+    """By SIGTERM or Ctrl-C, with nothing lost."""
+    code = 130
 
 def need(condition, message):
     if not condition:
@@ -598,6 +604,7 @@ def load_mini(name, device="cpu", weights=True):
 # ---- The loop -------------------------------------------------------------------------------------------------------
 
 ADAMW, CLIP, WARMUP = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2), 1.0, 0.25  # WARMUP: share of the updates
+SAVE_SECONDS = 600  # the state to resume from is never older, but for the update that is under way
 # dtype of the error passes under autocast (beta amplifies rounding, and bf16's is larger than the signal; fp16 needs loss scaling), and
 # of what only generates, encodes and decodes (rounding is harmless there, so a half-precision copy of the reference generates)
 DTYPES = {"fp32": (None, torch.float32), "tf32": (None, torch.float16), "fp16": (torch.float16,) * 2, "bf16": (torch.bfloat16,) * 2}
@@ -619,6 +626,8 @@ class Trainer:
             for module in self.policy.modules():
                 if isinstance(module, AnimateDiffTransformer3D):  # which diffusers leaves out
                     module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        self.net = self.policy if o.world == 1 else torch.nn.parallel.DistributedDataParallel(  # what the errors go through
+            self.policy, None if o.device == "cpu" else [self.device], broadcast_buffers=False, gradient_as_bucket_view=True)
         autocast, half = DTYPES[o.dtype]
         if o.loser == "generated" and half != torch.float32:
             self.generator = copy.deepcopy(self.reference).to(half)
@@ -651,7 +660,7 @@ class Trainer:
         n = len(x) // len(t)
         args = (self.codec.scheduler, x, *(v.repeat(n, *[1] * (v.ndim - 1)) for v in (eps, t, context)))
         with self.autocast():
-            policy = denoising_error(self.policy, *args)
+            policy = denoising_error(self.net if torch.is_grad_enabled() else self.policy, *args)
             with torch.no_grad():
                 return policy, self.reference and denoising_error(self.reference, *args)
 
@@ -682,7 +691,8 @@ class Trainer:
         """With equal weights s_w and s_r must be exactly 0, or beta makes preferences out of rounding."""
         self.reference.load_state_dict(self.policy.state_dict())
         t, _, eps, x_w, x_r = (v.to(self.device) for v in draws("check", range(self.o.micro_batch), self.shape, self.T, 0))
-        _, s = self.losses(torch.cat([x_w, x_r]), eps, t, self.null.expand(len(t), -1, -1))
+        with contextlib.nullcontext() if self.o.world == 1 else self.net.no_sync():
+            _, s = self.losses(torch.cat([x_w, x_r]), eps, t, self.null.expand(len(t), -1, -1))
         need(torch.equal(s["policy_w"], s["reference_w"]) and torch.equal(s["policy_r"], s["reference_r"]),
              f"self-check: s_w and s_r must be exactly 0 at equal weights, and logits reach {s['logit'].abs().max():.1e}: the errors of "
              "policy and reference were not computed on one numeric path")
@@ -690,9 +700,10 @@ class Trainer:
     def gradients(self, update):
         """Accumulate the gradient of one update's mean loss -> statistics (means), rows replaced, seconds by phase."""
         o, sums, counts, skipped, marks = self.o, Counter(), Counter(), 0, [mark(self.device)]
-        everything = range(update * o.batch_size, (update + 1) * o.batch_size)
+        share = o.batch_size // o.world  # of each process, of the batch's positions
+        everything = range(update * o.batch_size + o.rank * share, update * o.batch_size + (o.rank + 1) * share)
         G, size, batches = o.generate_batch, max(o.generate_batch, o.micro_batch), lambda i, n: i.split(n) if len(i) else ()
-        chunks = [everything[i:i + size] for i in range(0, o.batch_size, size)]
+        chunks = [everything[i:i + size] for i in range(0, share, size)]
         fetch = lambda chunk: [self.data.pool.submit(self.data.fetch, position) for position in chunk]
         ahead = fetch(chunks[0])
         for positions, following in zip(chunks, [*chunks[1:], ()]):
@@ -715,15 +726,22 @@ class Trainer:
                 for i in batches(pairs, G):
                     x_r[i] = self.sample(self.draws_with, noise=noise_r[i], context=asked[i])
             marks.append(mark(self.device))
-            for i, paired in [(i, o.loser != "none") for i in batches(pairs, o.micro_batch)] + [(i, False) for i in batches(alone, o.micro_batch)]:
-                losses, statistics = self.losses(torch.cat([x_w[i], x_r[i]]) if paired else x_w[i], eps[i], t[i], context[i])
-                self.scaler.scale(losses.sum() / o.batch_size).backward()
+            parts = [(i, o.loser != "none") for i in batches(pairs, o.micro_batch)] + [(i, False) for i in batches(alone, o.micro_batch)]
+            for n, (i, paired) in enumerate(parts, 1):
+                last = not following and n == len(parts)
+                with contextlib.nullcontext() if last or o.world == 1 else self.net.no_sync():  # one all-reduce an update, of means
+                    losses, statistics = self.losses(torch.cat([x_w[i], x_r[i]]) if paired else x_w[i], eps[i], t[i], context[i])
+                    self.scaler.scale(losses.sum() / share).backward()
                 sums.update({k: v.detach().sum() for k, v in statistics.items()})
                 counts.update({k: len(i) for k in statistics})
             marks.append(mark(self.device))
-        means = torch.stack([sums[k] / counts[k] for k in sums]).tolist()
+        totals = torch.tensor([[float(sums[k]), counts[k]] for k in STATISTICS] + [[skipped, 1]], dtype=torch.float64)  # waits for the GPU
+        if o.world > 1:
+            dist.all_reduce(totals)
+        *means, (skipped, _) = totals.tolist()
+        statistics = {k: total / count for k, (total, count) in zip(STATISTICS, means) if count}
         seconds = {f"seconds_{name}": sum(map(elapsed, marks[i::4], marks[i + 1::4])) for i, name in enumerate(PHASES)}
-        return dict(zip(sums, means)), skipped, seconds
+        return statistics, int(skipped), seconds
 
     def update(self, update):
         """One update -> its metrics. An overflow of the loss scaling lowers the scale and redoes it, with the same draws."""
@@ -755,10 +773,16 @@ class Trainer:
 
     def save(self, update):
         """The picture, the pool's checkpoint, last the state to resume from: a kill in between repeats work, loses none."""
-        self.grid(update)
-        with whole(self.out / f"checkpoint-{update}") as folder:
-            save = self.policy.save_pretrained if checkpoint_part(self.o) == "unet" else self.policy.save_motion_modules
-            save(folder / checkpoint_part(self.o))
+        if not self.o.rank:
+            self.grid(update)
+            with whole(self.out / f"checkpoint-{update}") as folder:
+                save = self.policy.save_pretrained if checkpoint_part(self.o) == "unet" else self.policy.save_motion_modules
+                save(folder / checkpoint_part(self.o))
+            self.save_state(update)
+        if self.o.world > 1:
+            dist.barrier()
+
+    def save_state(self, update):
         with whole(self.out / "resume" / "state.pt") as file:
             torch.save({"update": update, "skipped": self.skipped, "policy": self.trained,
                         "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
@@ -774,9 +798,10 @@ class Trainer:
                 for name, parameter in self.trained.items():
                     parameter.data.copy_(state["policy"][name])
                 self.skipped, done = state["skipped"], state["update"]
-        lines = metrics.read_text().splitlines(keepends=True)[:done] if metrics.exists() else []
-        with whole(metrics) as file:  # without the lines of updates that are done again
-            file.write_text("".join(lines))
+        if not self.o.rank:
+            lines = metrics.read_text().splitlines(keepends=True)[:done] if metrics.exists() else []
+            with whole(metrics) as file:  # without the lines of updates that are done again
+                file.write_text("".join(lines))
         return done
 
     @torch.no_grad()
@@ -807,11 +832,12 @@ def save_pictures(frames, path):
     frames[0].save(path, **{"format": "WEBP"} | several if len(frames) > 1 else {"format": "PNG"})
 
 def train(o):
-    """A run from its resolved options: begin it, resume it, or say that it is finished."""
+    """A run from its resolved options: begin it, resume it, or say that it is finished. Raises Stopped after SIGTERM or Ctrl-C."""
     if (Path(o.out) / f"checkpoint-{o.steps}").is_dir() and not o.fresh:
         claim(o)
         return o.model.endswith("-untrained") or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
-    need(os.environ.get("WORLD_SIZE", "1") == "1", "many devices are not there yet: start it with plain python")
+    if o.world > 1 and not dist.is_initialized():  # a day: another process may have far more to do
+        dist.init_process_group("gloo" if o.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(days=1))
     data = open_data(o)
     facts = {"source": data.source, "rows": data.total}
     claim(o, facts)  # before the slow part, and for good after it: a mistyped --model must not cost an old run
@@ -823,13 +849,21 @@ def train(o):
         trainer.check_numeric_path()
     if not done:
         trainer.save(0)
-    bar = tqdm(range(done, o.steps), initial=done, total=o.steps, unit="update", dynamic_ncols=True)
-    with open(Path(o.out) / "metrics.jsonl", "a") as log:
+    bar = tqdm(range(done, o.steps), initial=done, total=o.steps, unit="update", dynamic_ncols=True, disable=o.rank > 0)
+    with open(os.devnull if o.rank else Path(o.out) / "metrics.jsonl", "a") as log, interruptions() as stop:
+        saved = time.monotonic()
         for update in bar:
             m = trainer.update(update)
             print(json.dumps(m), file=log, flush=True)
             if (update + 1) % o.save_every == 0 or update + 1 == o.steps:
                 trainer.save(update + 1)
+                saved = time.monotonic()
+            stopped, late = agreed(bool(stop), time.monotonic() - saved > SAVE_SECONDS, o=o)
+            if (stopped or late) and not o.rank:
+                trainer.save_state(update + 1)
+                saved = time.monotonic()
+            if stopped and update + 1 < o.steps:
+                raise Stopped(f"stopped after update {update + 1}, which is saved: the same command continues")
             # Is it learning? The winners' error and what it is against the reference's, who is preferred, the share of flips.
             shown = {"winner": m["policy_w"]} | ({} if not trainer.reference else {
                 "-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]})
@@ -838,6 +872,28 @@ def train(o):
     if not o.model.endswith("-untrained"):
         print(f"Done. {o.out}/samples/step-{o.steps}.{'webp' if o.frames else 'png'} shows the base model above, the policy below."
               + f" python eval.py --model {o.model} scores both." * (o.model in MINI) + how_to_load(o))
+
+@contextlib.contextmanager
+def interruptions():
+    """-> a list that SIGTERM and Ctrl-C are put in, so that the update is finished first. The second one is not waited for."""
+    seen, before = [], {}
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def agreed(*flags, o):
+    """Each flag, true on all processes if it is on one."""
+    flags = torch.tensor(flags, dtype=torch.uint8)
+    if o.world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.tolist()
 
 def mark(device):
     """A point in time: on a GPU in its queue, which nothing has to wait for."""
@@ -875,6 +931,8 @@ def remove(path):
 
 def claim(o, data={}, begin=False):
     """Refuse an --out that cannot be written or holds another experiment; `begin`: clear it if --fresh, write config.json."""
+    if o.rank:  # the first process has the folder to itself
+        return begin and dist.barrier()
     out, path, now = Path(o.out), Path(o.out, "config.json"), {k: v for k, v in vars(o).items() if k not in MAY_CHANGE} | data
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -888,6 +946,8 @@ def claim(o, data={}, begin=False):
             versions = {"python": sys.version.split()[0], **{p: version(p) for p in ("torch", "diffusers", "transformers")}}
             with whole(path) as file:
                 file.write_text(json.dumps({"options": now, "versions": versions}, indent=1))
+            if o.world > 1:
+                dist.barrier()
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--out {out} cannot be used: {error}") from error
 
@@ -1008,7 +1068,7 @@ MINI = {  # what the miniature changes: it is small, and its errors are far larg
     "mini-video-untrained": SMALL_CLIPS | dict(steps=300, save_every=300, lr=1e-3, data="mini-video-mixture", method="sft", train="all"),
 }
 MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "gradient_checkpointing", "compile", "time",
-              "device", "resume_from_checkpoint")  # when resuming
+              "device", "rank", "world", "resume_from_checkpoint")  # when resuming
 ALIASES = {"--pretrained-model-name-or-path": "--model", "--dataset-name": "--data", "--max-train-samples": "--max-winners",
            "--num-frames": "--frames", "--output-dir": "--out", "--max-train-steps": "--steps", "--checkpointing-steps": "--save-every",
            "--learning-rate": "--lr", "--guidance-scale": "--guidance", "--mixed-precision": "--dtype"}
@@ -1042,8 +1102,10 @@ def resolve(argv=None):
     defaults = PAPER | MINI.get(model, {}) | (CLIPS if given.get("motion_adapter") else {})
     defaults |= METHODS[given.get("method", defaults["method"])]
     o = argparse.Namespace(**defaults | given)
-    o.device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
+    join(o)
     o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
+    if o.model in MINI and "micro_batch" not in given:
+        o.micro_batch = max(1, o.batch_size // o.world)
     if not o.out:
         named = MAY_CHANGE + ("method",) + ("model",) * (model in MOVED or model in MINI)
         changed = sorted((k, v) for k, v in given.items() if k not in named and v != defaults[k])
@@ -1053,13 +1115,21 @@ def resolve(argv=None):
     check_training(o)
     return o
 
+def join(o):
+    """This process's device, rank and world: as torchrun says (RANK, WORLD_SIZE, LOCAL_RANK), or alone."""
+    with reading("torchrun's WORLD_SIZE and RANK", "start it with torchrun, or unset them"):
+        o.world = int(os.environ.get("WORLD_SIZE", 1))
+        o.rank = int(os.environ["RANK"]) if o.world > 1 else 0
+        if o.device in ("auto", "cuda"):
+            o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or o.device == "cuda" else "cpu"
+
 def check(o):
     """What training and evaluation have in common."""
     need(bool(o.frames) == bool(o.motion_adapter or "frames" in MINI.get(o.model, {})), "--frames needs --motion-adapter, or --model mini-video")
     need(o.frames != 1, "--frames must be 2 at least")
     need(not o.motion_adapter or o.model not in MINI, "--motion-adapter is not for the miniature: take --model mini-video")
     for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in ("seed", "caption_dropout"):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in ("seed", "caption_dropout", "rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     multiple = 8 if o.model in MINI else 64
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
@@ -1074,11 +1144,14 @@ def check_training(o):
     frames = SMALL_CLIPS["frames"] if "video" in o.data else None
     need(o.data not in MINI_DATA or o.frames == frames, f"--data {o.data} has {'clips of 8 frames' if frames else 'no clips'}")
     need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
-    need(o.batch_size % o.micro_batch == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}")
+    need(o.batch_size % (o.micro_batch * o.world) == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}"
+         + f" times {o.world} processes" * (o.world > 1))
     need(o.device != "cpu" or o.dtype != "tf32", "--dtype tf32 needs a GPU: take fp32")
 
 def begin(argv):
     o = resolve(argv)
+    if o.rank:
+        sys.stdout = open(os.devnull, "w")
     if o.model in MOVED and not Path(o.model).is_dir():
         print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
     if not o.dry_run:
@@ -1097,7 +1170,12 @@ def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --ge
         begin(argv)
         return 0
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all processes find at once is said by one
+            print(f"{program}: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command continues", file=sys.stderr)
+        return Stopped.code
     except torch.OutOfMemoryError:
         print(f"{program}: out of GPU memory: lower {less}", file=sys.stderr)
     return 2

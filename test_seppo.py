@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -463,14 +464,38 @@ def test_resume_is_bit_equal(pipeline, tmp_path, monkeypatch):
     assert run(pipeline, data, "--out", "straight") == 0
     update = seppo.Trainer.update
     monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: update(self, u) if u < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(pipeline, data)
+    assert run(pipeline, data) == 130
     assert len(metrics()) == 3 and not Path("run/checkpoint-4").exists()
     monkeypatch.setattr(seppo.Trainer, "update", update)
     assert run(pipeline, data) == 0
     assert same(weights("run/checkpoint-4/unet"), weights("straight/checkpoint-4/unet"))
     drop = lambda lines: [{k: v for k, v in line.items() if not k.startswith(("seconds", "peak"))} for line in lines]
     assert drop(metrics()) == drop(metrics("straight")), "the resumed log must read as if nothing had happened"
+
+
+def test_the_state_to_resume_from_is_young(pipeline, tmp_path, monkeypatch):
+    """Between checkpoints it is written every SAVE_SECONDS, and what comes after is the same."""
+    data, update, done = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), seppo.Trainer.update, []
+    assert run(pipeline, data, "--out", "straight") == 0
+    monkeypatch.setattr(seppo, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: done.append(u) or update(self, u) if u < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(pipeline, data) == 130 and done == [0, 1, 2]
+    monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: done.append(u) or update(self, u))
+    assert run(pipeline, data) == 0 and done == [0, 1, 2, 3], "update 3 is not made again"
+    assert same(weights("run/checkpoint-4/unet"), weights("straight/checkpoint-4/unet"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_update_and_saves(pipeline, tmp_path, monkeypatch, capsys, number):
+    data, update = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), seppo.Trainer.update
+    assert run(pipeline, data, "--out", "straight") == 0
+    monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: (os.kill(os.getpid(), number) if u == 0 else None, update(self, u))[1])
+    before = signal.getsignal(number)
+    assert run(pipeline, data) == 130 and "stopped after update 1" in capsys.readouterr().err
+    assert len(metrics()) == 1 and signal.getsignal(number) is before
+    monkeypatch.setattr(seppo.Trainer, "update", update)
+    assert run(pipeline, data) == 0 and same(weights("run/checkpoint-4/unet"), weights("straight/checkpoint-4/unet"))
+    assert [line["policy_w"] for line in metrics()] == [line["policy_w"] for line in metrics("straight")]
 
 
 def test_fp16_overflow_is_redone(pipeline, tmp_path, monkeypatch):
@@ -948,8 +973,7 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
             raise KeyboardInterrupt
         return sample(*args)
     monkeypatch.setattr(seppo, "sample", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate("--unet", "x=other")
+    assert evaluate("--unet", "x=other") == 130
     next(Path("out/pictures/base").glob("00001-*.png")).unlink()  # its batch of three is made again, and no other
     assert evaluate("--unet", "x=other") == 0 and len(calls) == 2 + 6
     assert pictures() == pictures("straight") and Path("out/scores.jsonl").read_text() == Path("straight/scores.jsonl").read_text()
@@ -1272,8 +1296,7 @@ def test_video_resumes(pipeline, adapter, clips, monkeypatch, capsys):
     assert film(pipeline, adapter, clips, "--out", "straight") == 0
     update = seppo.Trainer.update
     monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: update(self, u) if u < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        film(pipeline, adapter, clips)
+    assert film(pipeline, adapter, clips) == 130
     monkeypatch.setattr(seppo.Trainer, "update", update)
     assert film(pipeline, adapter, clips) == 0
     end = "checkpoint-4/motion_adapter/diffusion_pytorch_model.safetensors"
@@ -1516,8 +1539,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pipeline, tmp_path, capsys):
 def test_a_pool_that_is_not_whole_is_named(pipeline, tmp_path, monkeypatch, capsys):
     data, update = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), seppo.Trainer.update
     monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: update(self, u) if u < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(pipeline, data, "--reference", "latest")
+    assert run(pipeline, data, "--reference", "latest") == 130
     monkeypatch.setattr(seppo.Trainer, "update", update)
     next(Path("run/checkpoint-2").rglob("*.safetensors")).unlink()
     assert run(pipeline, data, "--reference", "latest") == 2 and "checkpoint-2" in capsys.readouterr().err
@@ -1636,3 +1658,71 @@ def test_slow_precision_decides_the_sign(capsys):
                 f"{(logit[d] - logit['fp32']).std():.2g}, {(logit[d].sign() == logit['fp32'].sign()).float().mean():.0%}" for d in [*dtypes][1:]) + " |")
     far = {d: (found[30][d] - found[30]["fp32"]).std() for d in [*dtypes][1:]}
     assert far["bf16"] > 2 * far["fp16"] > 0 and (found[200]["fp16"].sign() == found[200]["fp32"].sign()).float().mean() > 0.8
+
+
+def torchrun(n, *argv, timeout=300):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), str(HERE / "seppo.py"), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@slow
+@pytest.mark.parametrize("method", ["seppo", "sspo"])
+def test_slow_many_processes_are_one(pipeline, tmp_path, method):
+    """1, 2 and 4 processes: the same run, but for rounding; and a run begun by 4 is resumed by 2."""
+    data = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(40))
+    argv = ["--model", pipeline, "--data", data, *TINY, "--batch-size", 16, "--steps", 6, "--method", method]
+    for n in (1, 2, 4):
+        done = torchrun(n, *argv, "--out", f"run{n}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Done.") == 1 and done.stderr.count("6/6") <= 2, "only one process speaks"
+    base, ends = weights("run1/checkpoint-0/unet"), {n: weights(f"run{n}/checkpoint-6/unet") for n in (1, 2, 4)}
+    norm = lambda a, b: math.sqrt(sum((a[k] - b[k]).square().sum().item() for k in a))
+    far = {n: norm(ends[n], ends[1]) / norm(base, ends[1]) for n in (2, 4)}
+    print(f"{method}: relative difference {far}")
+    assert max(far.values()) < 0.01, far
+    for n in (2, 4):
+        for one, many in zip(metrics("run1"), metrics(f"run{n}"), strict=True):
+            assert all(many[k] == (pytest.approx(one[k], rel=1e-3, abs=1e-5) if isinstance(one[k], float) else one[k])
+                       for k in one if not k.startswith(("seconds", "peak"))), (n, one, many)
+    shutil.copytree("run4", "half")
+    shutil.rmtree("half/checkpoint-6"), shutil.rmtree("half/checkpoint-4")
+    state = torch.load("half/resume/state.pt", weights_only=True)
+    assert torchrun(2, *argv, "--out", "half", "--seed", 1).returncode != 0, "another seed is another run"
+    assert state["update"] == 6
+
+
+@slow
+def test_slow_a_process_that_fails_ends_all(pipeline, tmp_path):
+    """The second process meets a broken row group: its message, and all are gone within a minute."""
+    rows = pickapic_rows(16)
+    data = write_parquet(tmp_path / "pairs.parquet", rows)
+    file = pyarrow.parquet.ParquetFile(data)
+    raw = bytearray(Path(data).read_bytes())
+    group = file.metadata.row_group(3)
+    for i in range(group.num_columns):
+        start = group.column(i).dictionary_page_offset or group.column(i).data_page_offset
+        raw[start:start + 40] = b"\xff" * 40
+    Path(data).write_bytes(raw)
+    start = time.time()
+    done = torchrun(2, "--model", pipeline, "--data", data, *TINY, "--batch-size", 16, "--out", "run")
+    assert done.returncode != 0 and time.time() - start < 60
+    assert "row group 3" in done.stderr, done.stderr[-2000:]
+
+
+@slow
+def test_slow_torchrun_is_stopped_and_resumed(pipeline, tmp_path):
+    """SIGTERM to torchrun: both processes agree on the update to stop after; the same command goes on, to the same weights."""
+    data = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8))
+    argv = ["--model", pipeline, "--data", data, *TINY, "--steps", "40", "--save-every", "20"]
+    assert torchrun(2, *argv, "--out", "straight").returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "seppo.py"), *map(str, argv), "--out", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not Path("run/metrics.jsonl").exists() or len(Path("run/metrics.jsonl").read_text().splitlines()) < 5:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert "which is saved" in err and not Path("run/checkpoint-40").exists(), err
+    assert torch.load("run/resume/state.pt", weights_only=True)["update"] == len(metrics()) >= 5
+    assert torchrun(2, *argv, "--out", "run").returncode == 0
+    assert same(weights("run/checkpoint-40/unet"), weights("straight/checkpoint-40/unet"))
