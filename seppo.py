@@ -111,16 +111,24 @@ def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guid
     context: (B, tokens, width), the captions; null: (1, tokens, width), the empty caption. scheduler: the training
     scheduler, whose betas and kind of prediction the solver (a key of SOLVERS) takes over.
     """
-    name, fixed = SOLVERS[solver]
-    solver = getattr(diffusers, name).from_config(scheduler.config, **fixed)
-    solver.set_timesteps(steps, device=noise.device)
+    solver = make_solver(scheduler, solver, steps)
     x, dtype, halves = noise * solver.init_noise_sigma, next(unet.parameters()).dtype, 1 if guidance == 1.0 else 2
     context = torch.cat([null.expand_as(context), context][-halves:]).to(dtype)  # both halves in one call
-    for t in solver.timesteps:
+    for t, t_there in zip(solver.timesteps, put(solver.timesteps, noise.device)):  # the solver's own arithmetic stays on the CPU: no waiting
         x_in = solver.scale_model_input(torch.cat([x] * halves), t).to(dtype)
-        out = predict(unet, x_in, t, context).chunk(halves)
+        out = predict(unet, x_in, t_there, context).chunk(halves)
         x = solver.step(out[0] + guidance * (out[-1] - out[0]) if halves == 2 else out[0], t, x).prev_sample
     return x
+
+def make_solver(scheduler, name, steps):
+    kind, fixed = SOLVERS[name]
+    solver = getattr(diffusers, kind).from_config(scheduler.config, **fixed)
+    solver.set_timesteps(steps)
+    return solver
+
+def put(tensor, device):
+    """A CPU's tensor on the device. The CPU does not wait for the GPU, which it would do with memory that is not pinned."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
 
 # ---- Randomness -----------------------------------------------------------------------------------------------------
 # Every draw is keyed by what it is for and by the sample's position in the run, never taken from a generator that runs
@@ -379,7 +387,7 @@ class StableDiffusion:
     def encode_text(self, captions):  # -> (B, 77, 768)
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
                              max_length=self.text.config.max_position_embeddings).input_ids
-        return self.text(ids.to(self.text.device))[0].float()
+        return self.text(put(ids, self.text.device))[0].float()
 
     @framewise
     def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), drawn from the VAE's posterior
@@ -571,7 +579,8 @@ class Miniature:
 
     def encode_text(self, captions):  # -> (B, 4, 32)
         words = [(caption.split() + [""] * 4)[:4] for caption in captions]
-        return torch.stack([torch.stack([self.words(word) for word in four]) for four in words]).to(self.device)
+        vectors = torch.stack([torch.stack([self.words(word) for word in four]) for four in words])
+        return put(vectors, self.device)
 
     @framewise
     def encode(self, pixels, noise):  # (B, 3, 16, 16) -> (B, 12, 8, 8)
@@ -702,7 +711,8 @@ class Trainer:
         o, sums, counts, skipped, marks = self.o, Counter(), Counter(), 0, [mark(self.device)]
         share = o.batch_size // o.world  # of each process, of the batch's positions
         everything = range(update * o.batch_size + o.rank * share, update * o.batch_size + (o.rank + 1) * share)
-        G, size, batches = o.generate_batch, max(o.generate_batch, o.micro_batch), lambda i, n: i.split(n) if len(i) else ()
+        G, batches = o.generate_batch, lambda i, n: i.split(n) if len(i) else ()
+        size = max(G * (4 if o.flip == "indicator" else 1), o.micro_batch)  # where the anchor spares samples, full batches are left
         chunks = [everything[i:i + size] for i in range(0, share, size)]
         fetch = lambda chunk: [self.data.pool.submit(self.data.fetch, position) for position in chunk]
         ahead = fetch(chunks[0])
@@ -710,14 +720,14 @@ class Trainer:
             captions, winners, losers, attempts = zip(*(row.result() for row in ahead))
             skipped, ahead = skipped + sum(attempts), fetch(following)  # while this chunk is worked on
             t, dropped, eps, noise_w, noise_r = (
-                v.to(self.device) for v in draws(o.seed, positions, self.shape, self.T, o.caption_dropout))
+                put(v, self.device) for v in draws(o.seed, positions, self.shape, self.T, o.caption_dropout))
             marks.append(mark(self.device))
             asked = self.codec.encode_text(list(captions))
             context = torch.where(dropped[:, None, None], self.null, asked)  # dropout is alike for all four errors
-            x_w = self.codec.encode(torch.stack(winners).to(self.device), noise_w)  # (B, C, h, w)
+            x_w = self.codec.encode(put(torch.stack(winners), self.device), noise_w)  # (B, C, h, w)
             pairs, alone = torch.arange(len(t), device=self.device), []
             if o.loser == "data":
-                x_r = self.codec.encode(torch.stack(losers).to(self.device), noise_r)
+                x_r = self.codec.encode(put(torch.stack(losers), self.device), noise_r)
             marks.append(mark(self.device))
             if o.loser == "generated":  # for the real caption
                 if o.flip == "indicator":
@@ -953,50 +963,75 @@ def claim(o, data={}, begin=False):
 
 def measure(whole_run):
     """--time: what a run as configured would take on this machine, from its first micro-batches; the first of two warms up."""
-    from torch.utils.flop_counter import FlopCounterMode
+    need(whole_run.world == 1, "--time measures one device: start it with plain python")
     o, checkpoints = copy.copy(whole_run), len({*range(0, whole_run.steps, whole_run.save_every), whole_run.steps})
     o.batch_size, o.sampler_steps = max(o.generate_batch, o.micro_batch), min(5, o.sampler_steps)  # a solver's steps are all alike
     o.flip = "none" if o.flip == "indicator" else o.flip  # at equal weights it would generate nothing: this is its upper bound
     with tempfile.TemporaryDirectory(dir=next(p for p in Path(o.out).absolute().parents if p.is_dir())) as o.out:
         trainer = Trainer(o, open_data(o))
-        point, x = functools.partial(mark, trainer.device), torch.randn(1, *trainer.shape, device=trainer.device)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            predict(trainer.policy, x, torch.zeros(1, dtype=torch.long, device=x.device), trainer.null)
+        evaluations, taken = (len(make_solver(trainer.codec.scheduler, o.solver, run.sampler_steps).timesteps) for run in (whole_run, o))
+        point = functools.partial(mark, trainer.device)
         for _ in range(2):
             trainer.optimizer.zero_grad()
             seconds, start = trainer.gradients(0)[2], point()
             trainer.optimizer.step()
             optimizer = elapsed(start, point())
-        start = time.perf_counter()
-        trainer.save(1)
-        save = time.perf_counter() - start
-    n, dtype, products = 8192 if x.is_cuda else 2048, DTYPES[o.dtype][0] or torch.float32, []
-    a = torch.randn(n, n, device=x.device, dtype=dtype)
-    for _ in range(5):
-        start = point()
-        a @ a
-        products.append(elapsed(start, point()))
-    peak, forward = 2e-12 * n ** 3 / min(products), counter.get_total_flops() / 1e12  # TFLOP/s; TFLOP
+        moments = [time.perf_counter()]
+        for work in (lambda: trainer.data.read(*trainer.data.groups[0]), lambda: trainer.save(1), lambda: trainer.grid(1)):
+            work()
+            moments.append(time.perf_counter())
+    read, save, grid = (b - a for a, b in itertools.pairwise(moments))
+    save += grid * (evaluations / taken - 1)
     seconds = {phase: seconds[f"seconds_{phase}"] / o.batch_size for phase in PHASES}
-    seconds["generate"] *= whole_run.sampler_steps / o.sampler_steps
-    passes = {"generate": whole_run.sampler_steps * (1 + (o.guidance != 1)), "train": 3 if o.loser == "none" else 8}  # a backward is 2
-    print(plan(whole_run, trainer.data, trainer.policy) + f"\nOn {torch.cuda.get_device_name(x.device) if x.is_cuda else 'this CPU'}, for a winner:")
+    seconds["generate"] *= evaluations / taken
+    seconds["data"] += read / trainer.data.groups[0][2]  # the rows were in memory by then
+    dtypes = dict(zip(("train", "generate"), (kind or torch.float32 for kind in DTYPES[o.dtype])))
+    peaks, flop = {kind: matrix_product(kind, trainer.device) for kind in {*dtypes.values()}}, count_flop(trainer, evaluations)
+    print(plan(whole_run, trainer.data, trainer.policy) + f"\nOn {torch.cuda.get_device_name(trainer.device) if trainer.device.type == 'cuda' else 'this CPU'}, for a winner:")
     for phase, each in seconds.items():
-        speed = passes.get(phase, 0) * forward / max(each, 1e-9)
-        print(f"  {phase:9} {each:9.4f} s" + f", {speed:.3g} TFLOP/s, {speed / peak:.0%} of a matrix product's" * (each > 1e-6 and speed > 0))
-    total = whole_run.steps * (whole_run.batch_size * sum(seconds.values()) + optimizer) + checkpoints * save
-    print(f"an update's optimizer step {optimizer:.3f} s, a checkpoint {save:.2f} s, peak memory {peak_gb(x.device) or 0:.2f} GB; a matrix product "
-          f"({n} x {n}, {str(dtype)[6:]}) {peak:.3g} TFLOP/s\nthe whole run on this device alone: {total / 3600:.3g} hours"
-          + ", less what the anchor spares: this counts a reference sample for every winner" * (whole_run.flip == "indicator"))
+        speed = flop.get(phase, 0) / max(each, 1e-9)
+        print(f"  {phase:9} {each:9.4f} s" + (f", {speed:.3g} TFLOP/s, {speed / peaks[dtypes[phase]]:.0%} of a matrix product's" if each > 1e-6 and speed else ""))
+    computing = sum(each for phase, each in seconds.items() if phase != "data")
+    total = whole_run.steps * (whole_run.batch_size * max(computing, seconds["data"]) + optimizer) + checkpoints * save
+    print(f"an update's optimizer step {optimizer:.3f} s, a checkpoint {save:.2f} s, peak memory {peak_gb(trainer.device) or 0:.2f} GB; a matrix product: "
+          + ", ".join(f"{str(kind)[6:]} {peak:.3g} TFLOP/s" for kind, peak in peaks.items())
+          + f"\nthe whole run on this device alone: {total / 3600:.3g} hours; rows are fetched meanwhile"
+          + ", and the anchor spares a part: this counts a reference sample for every winner" * (whole_run.flip == "indicator"))
+
+def count_flop(trainer, evaluations):
+    """TFLOP of a winner's generation and training, counted on a net without weights: what the mathematics takes, so activations
+    that are computed again count once, and attention as matrix products."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    o, n, count = trainer.o, 2 - (trainer.o.loser == "none"), FlopCounterMode(display=False)
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), count:
+        unet, _ = load_models(argparse.Namespace(**vars(o) | {"device": "meta"}), weights=False)
+        out = predict(unet, torch.empty(n, *trainer.shape), torch.zeros(n, dtype=torch.long), torch.empty(n, *trainer.null.shape[1:]))
+        forward = count.get_total_flops() / 1e12
+        out.sum().backward()
+    return {"generate": forward / n * evaluations * (1 + (o.guidance != 1)) * (o.loser == "generated"),
+            "train": count.get_total_flops() / 1e12 + forward * (o.loser != "none")}
+
+def matrix_product(dtype, device):
+    """TFLOP/s of the best of five."""
+    n, times = 8192 if device.type == "cuda" else 2048, []
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(5):
+        start = mark(device)
+        a @ a
+        times.append(elapsed(start, mark(device)))
+    return 2e-12 * n ** 3 / min(times)
 
 def plan(o, data, unet):
     """The resolved options and what follows from them, in words."""
     gb, trained = (4e-9 * sum(p.numel() for p in unet.parameters() if p.requires_grad or whole) for whole in (True, False))
     nets = 1 + (o.loser != "none") + (o.loser == "generated" and o.dtype != "fp32") / 2
     winners, checkpoints = o.steps * o.batch_size, len({*range(0, o.steps, o.save_every), o.steps})
-    return (", ".join(f"{k.replace('_', '-')} {v}" for k, v in vars(o).items() if v not in (None, False))
+    return (", ".join(f"{k.replace('_', '-')} {v}" for k, v in vars(o).items()
+                      if v is not None and v is not False and k not in ("rank", "world"))
             + f"\n{o.steps} updates of {o.batch_size} = {winners:,} winners, {winners / data.total:.2g} epochs of {data.total:,} rows; an "
-            f"update accumulates {o.batch_size // o.micro_batch} micro-batches of {o.micro_batch}\n{gb * 250:.1f} M parameters, "
+            f"update accumulates {o.batch_size // o.micro_batch // o.world} micro-batches of {o.micro_batch}"
+            + f" on each of {o.world} devices" * (o.world > 1) + f"\n{gb * 250:.1f} M parameters, "
             f"{trained * 250:.1f} M train: memory for weights {nets * gb:.2f} GB, gradients {trained:.2f}, optimizer {2 * trained:.2f}, and "
             f"activations; disk for {checkpoints} checkpoints {checkpoints * (gb if checkpoint_part(o) == 'unet' else trained):.2f} GB, "
             f"to resume from {3 * trained:.2f}")

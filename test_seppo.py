@@ -1,5 +1,6 @@
 """python -m pytest: offline, on a CPU, in under two minutes. SLOW=1 adds the long ones."""
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may look for a hub
@@ -426,6 +428,7 @@ def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypat
     def both(self, update):
         statistics, *rest = gradients(self, update)
         now = [p.grad.clone() for p in self.trained.values()]
+        assert [6] * (len(sizes) - 1) == sizes[:-1], "batches are full, but for the last"
         ours, sizes[:] = sum(sizes), []
         with monkeypatch.context() as patch:
             patch.setattr(seppo.Trainer, "pairs_first", lambda self, x, *_: (torch.arange(len(x)), torch.arange(0)))
@@ -537,17 +540,37 @@ def test_time_tells_in_advance(pipeline, tmp_path, capsys):
     said = capsys.readouterr().out
     each = {phase: float(re.search(rf"{phase} +([\d.]+) s", said).group(1)) for phase in seppo.PHASES}
     step, save = map(float, re.search(r"step ([\d.]+) s, a checkpoint ([\d.]+) s", said).groups())
-    hours = (1000 * (4 * sum(each.values()) + step) + 501 * save) / 3600  # 0, 2, 4, ..., 1000
+    computing = sum(each.values()) - each["data"]
+    hours = (1000 * (4 * max(computing, each["data"]) + step) + 501 * save) / 3600  # 0, 2, 4, ..., 1000
     assert float(re.search(r"alone: (\S+) hours", said).group(1)) == pytest.approx(hours, rel=0.05)
     assert each["generate"] > 3 * each["encode"] and said.count("of a matrix product's") == 2 and "sampler-steps 20" in said
     unet = seppo.load_unet(pipeline)
     x, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, 77, 16)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         unet(x, 0, context)
     rates = [float(rate) * 1e12 for rate in re.findall(r"s, (\S+) TFLOP/s, ", said)]
     for rate, phase, passes in zip(rates, ("generate", "train"), (40, 8)):
         assert rate == pytest.approx(passes * counter.get_total_flops() / each[phase], rel=0.05), phase
     assert not Path("run").exists() and sorted(p.name for p in Path().iterdir()) == ["pairs.parquet"]
+
+
+def test_pndm_takes_more_evaluations_than_steps():
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012)
+    assert [len(seppo.make_solver(scheduler, name, 20).timesteps) for name in ("dpm++", "unipc", "ddim", "pndm")] == [20, 20, 20, 29]
+
+
+@pytest.mark.parametrize("method, solver", [("seppo", "dpm++"), ("spin", "unipc"), ("ditto", "ddim"), ("seppo", "pndm"), ("dpo", "dpm++"), ("sft", "dpm++")])
+def test_an_update_waits_for_the_gpu_once(pipeline, method, solver):
+    """On the meta device no number can be read: an update must get there as far as its totals."""
+    o = seppo.resolve(["--model", str(pipeline), "--data", "none", *TINY, "--method", method, "--solver", solver, "--dtype", "fp32"])
+    o.device = "meta"
+    row = ("a", torch.zeros(3, 64, 64), torch.zeros(3, 64, 64), 0)
+    with ThreadPoolExecutor(1) as pool:
+        trainer = seppo.Trainer(o, argparse.Namespace(fetch=lambda position: row, pool=pool))
+        trainer.autocast, trainer.scaler = contextlib.nullcontext, torch.amp.GradScaler("cpu", enabled=False)
+        with pytest.raises(RuntimeError, match="meta") as stopped:
+            trainer.gradients(0)
+    assert "waits for the GPU" in str([step for step in stopped.traceback if step.path == HERE / "seppo.py"][-1].statement)
 
 
 def test_random_weights_of_sd15():
