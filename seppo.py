@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, MotionAdapter, UNet2DConditi
 from diffusers.utils import make_image_grid
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -233,7 +233,7 @@ class Winners:
         for attempt in range(100):
             try:
                 caption, *pictures = self.row(position, attempt)
-                if not caption.strip():
+                if not isinstance(caption, str) or not caption.strip():
                     raise ValueError("no caption")
                 pixels = [to_pixels(picture, self.resolution, flip, self.frames, start) for picture in pictures[:1 + self.losers]]
                 return caption, pixels[0], pixels[-1], attempt
@@ -256,17 +256,29 @@ def to_pixels(picture, resolution, flip=False, frames=None, start=0.0):
             raise ValueError("frames are missing, or differ in size")
         return torch.stack(pixels, 1)
     picture = picture["bytes"] if isinstance(picture, dict) else picture  # as `datasets` stores its Image columns
-    picture = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-    with contextlib.nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(picture) as image:
+    with contextlib.nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(
+            io.BytesIO(picture) if isinstance(picture, bytes) else regular(picture), formats=[*FORMATS]) as image:
         if image.width * image.height > 64e6:  # a few kilobytes can ask for gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")
+        if image.mode.startswith("I;16"):  # Pillow would make white of it
+            image = image.point(lambda value: value / 256).convert("L")
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"numbers of unknown scale (mode {image.mode})")
         image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.BILINEAR)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
     return to_pixels(pixels.permute(2, 0, 1) / 127.5 - 1, resolution, flip)
 
 STRIDE = 4  # AnimateDiff's
-FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")  # Pillow claims the last two
-is_picture = lambda path: path.suffix.lower() in {*Image.registered_extensions()} - {*FILMS} and path.name[0] != "."
+FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
+CLOSED = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v"}  # no playlists
+FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff")}
+is_picture = lambda path: path.suffix.lower() in itertools.chain(*FORMATS.values()) and path.name[0] != "."
+
+def regular(path):
+    """A file's path, if it is one: pipes and devices would be waited for, and a path in somebody's Parquet is not followed."""
+    if not isinstance(path, Path) or not path.is_file():
+        raise ValueError("no picture" if path is None else f"{str(path)[:100]} is no regular file")
+    return path
 
 def read_clip(clip, frames, start):
     """Yields `frames` pictures of a clip: a folder of frames, an animated GIF or WebP, or a film. Every STRIDE-th frame, the
@@ -280,10 +292,10 @@ def read_clip(clip, frames, start):
     if clip.is_dir():  # frame10 comes after frame9
         files = sorted(filter(is_picture, clip.iterdir()), key=lambda p: [part.zfill(20) for part in re.split(r"(\d+)", p.name)])
         for i in choose(len(files)):
-            with Image.open(files[i]) as picture:
+            with Image.open(regular(files[i]), formats=[*FORMATS]) as picture:
                 yield picture
-    elif is_picture(clip):
-        with Image.open(clip) as film:
+    elif is_picture(regular(clip)):
+        with Image.open(clip, formats=[*FORMATS]) as film:
             for i in choose(getattr(film, "n_frames", 1)):
                 film.seek(i)
                 yield film
@@ -292,9 +304,10 @@ def read_clip(clip, frames, start):
             import av
         except ImportError as error:
             raise UserError(f"{clip}: films need PyAV: pip install av, or make folders of frames") from error
-        with av.open(str(clip)) as film:  # what was cut off without encoding again is still there, to be discarded
+        opened = functools.partial(av.open, str(clip), options=CLOSED)
+        with opened() as film:  # what was cut off without encoding again is still there, to be discarded
             wanted = choose(sum(packet.size > 0 and not packet.is_discard for packet in film.demux(video=0)))
-        with av.open(str(clip)) as film:
+        with opened() as film:
             for i, frame in enumerate(itertools.islice(film.decode(video=0), wanted[-1] + 1)):
                 if i in wanted:
                     yield frame.to_image().rotate(frame.rotation, expand=True)
@@ -314,12 +327,14 @@ def open_folder(name, clips=False):
         if table.exists():
             lines = [json.loads(line) for line in table.read_text("utf-8").splitlines() if line.strip()]
             rows = [(line.get("text"), Path(name, line["file_name"])) for line in lines]
+            outside = [str(p) for _, p in rows if ".." in p.parts or not p.is_relative_to(name)]
+            need(not outside, f"--data {name}: metadata.jsonl names a file outside the folder: {outside and outside[0][:100]}")
         else:
             is_clip = lambda p: p.name[0] != "." and (p.is_dir() or is_picture(p) or p.suffix.lower() in FILMS)
             pictures = sorted(filter(is_clip, Path(name).iterdir()) if clips else filter(is_picture, Path(name).rglob("*")))
-            rows = [(c.read_text("utf-8", "replace") if (c := p.with_name((p.name if p.is_dir() else p.stem) + ".txt")).exists() else None, p)
+            rows = [(c.read_text("utf-8", "replace") if (c := p.with_name((p.name if p.is_dir() else p.stem) + ".txt")).is_file() else None, p)
                     for p in pictures]
-        if not any(caption for caption, _ in rows):
+        if not any(isinstance(caption, str) and caption.strip() for caption, _ in rows):
             raise ValueError(f"no captioned {'clips' if clips else 'pictures'}")
     return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
 
@@ -399,9 +414,11 @@ class StableDiffusion:
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
 def load_codec(folder, device, dtype):
+    tokenizer = load_tokenizer(transformers.CLIPTokenizer, folder, subfolder="tokenizer")
+    text = load_whole(transformers.CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype)
+    need(len(tokenizer) <= text.config.vocab_size, f"{folder}: its tokenizer has more words than its text encoder")
     return StableDiffusion(
-        load_tokenizer(transformers.CLIPTokenizer, folder, subfolder="tokenizer"),
-        load_whole(transformers.CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype),
+        tokenizer, text,
         load_whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False),
         DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), device)
 
@@ -479,7 +496,8 @@ def load_models(o, weights=True):
     if o.train == "motion":
         unet.freeze_unet2d_params()
     takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width) if codec else None
-    need(not codec or takes == gives and not unet.config.addition_embed_type and codec.scheduler.config.prediction_type != "sample",
+    need(not codec or codec.scheduler.config.prediction_type != "sample", f"--model {o.model} predicts samples: only epsilon and v are known here")
+    need(not codec or takes == gives and not unet.config.addition_embed_type,
          f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
     layout = torch.preserve_format if o.device == "cpu" else torch.channels_last  # what a GPU's convolutions work in
     return unet.to(o.device, memory_format=layout).eval(), codec  # eval: dropout would part policy and reference
@@ -496,15 +514,23 @@ def checkpoint_part(o):
     """What a checkpoint holds: the motion adapter, if --model and it are all that is needed, or the UNet."""
     return "motion_adapter" if o.train == "motion" and not o.unet else "unet"
 
+POOL = "the pool is not whole: restore it, or start over with --fresh"
+
 @torch.no_grad()
 def load_weights(unet, folder):
     """A checkpoint of the pool into a net, in place and one tensor at a time: no second copy in memory."""
-    with reading(f"checkpoint {folder}", "the pool is not whole: restore it, or start over with --fresh"):
-        path = next(Path(folder).glob("*/diffusion_pytorch_model.safetensors"))
-        with safe_open(path, "pt") as file:
-            for name, tensor in unet.state_dict().items():
-                if path.parent.name == "unet" or "motion_modules" in name:
-                    tensor.copy_(file.get_tensor(name))
+    path, file = checkpoint_file(folder)
+    with file, reading(f"checkpoint {folder}", POOL):
+        for name, tensor in unet.state_dict().items():
+            if path.parent.name == "unet" or "motion_modules" in name:
+                tensor.copy_(file.get_tensor(name))
+
+def checkpoint_file(folder):
+    """-> a checkpoint's path, and the open file, whose length is checked."""
+    with reading(f"checkpoint {folder}", POOL):
+        path = next(Path(folder).glob("*/diffusion_pytorch_model.safetensors"), None)
+        need(path, f"checkpoint {folder} is missing: {POOL}")
+        return path, safe_open(path, "pt")
 
 # ---- The miniature --------------------------------------------------------------------------------------------------
 # A text-to-image world for two cores, on the same path as Stable Diffusion. Pictures (16 x 16) of captioned shapes, each
@@ -648,6 +674,10 @@ class Trainer:
         self.sample = functools.partial(sample, scheduler=self.codec.scheduler, null=self.null, solver=o.solver,
                                         steps=o.sampler_steps, guidance=o.guidance)
         self.autocast = functools.partial(torch.autocast, self.device.type, autocast, bool(autocast))
+        with reading(f"--model {o.model}", "it is no text-to-image Stable Diffusion 1.x"), torch.no_grad():
+            x = torch.zeros(1, *self.shape, device=self.device)
+            got = predict(self.policy, x, torch.zeros(1, dtype=torch.long, device=self.device), self.null).shape
+            need(got == x.shape, f"--model {o.model}: its UNet makes {list(got)} of {list(x.shape)}")
         self.prompts = [data.fetch(i)[0] for i in range(12 if o.model in MINI else 4)]  # of the sample pictures
         self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}  # all, or the motion modules
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, fused=True, **ADAMW)
@@ -809,9 +839,12 @@ class Trainer:
                     parameter.data.copy_(state["policy"][name])
                 self.skipped, done = state["skipped"], state["update"]
         if not self.o.rank:
-            lines = metrics.read_text().splitlines(keepends=True)[:done] if metrics.exists() else []
+            lines = metrics.read_bytes().splitlines(keepends=True)[:done] if metrics.exists() else []
             with whole(metrics) as file:  # without the lines of updates that are done again
-                file.write_text("".join(lines))
+                file.write_bytes(b"".join(lines))
+        for k in {"random": range(done // self.o.save_every + 1), "latest": [done // self.o.save_every], "initial": [0]}[self.o.reference]:
+            if done and self.reference:  # a checkpoint that is not whole is found now, not when it is drawn
+                checkpoint_file(self.out / f"checkpoint-{k * self.o.save_every}")
         return done
 
     @torch.no_grad()
@@ -828,7 +861,7 @@ class Trainer:
         if update == 0:
             with whole(base) as file:
                 torch.save(pixels, file)
-        pixels = torch.cat([torch.load(base), pixels] if update and base.exists() else [pixels])
+        pixels = torch.cat([torch.load(base, weights_only=True), pixels] if update and base.exists() else [pixels])
         frames = pixels.movedim(1, -1).unsqueeze(1) if pixels.ndim == 4 else pixels.movedim(1, -1)  # (n or 2 n, F, R, R, 3)
         tile, n = [max(96, self.o.resolution)] * 2, len(self.prompts)
         grids = [make_image_grid([Image.fromarray(p).resize(tile, Image.NEAREST) for p in frame.numpy()], len(frame) // n, n)
@@ -860,11 +893,12 @@ def train(o):
     if not done:
         trainer.save(0)
     bar = tqdm(range(done, o.steps), initial=done, total=o.steps, unit="update", dynamic_ncols=True, disable=o.rank > 0)
-    with open(os.devnull if o.rank else Path(o.out) / "metrics.jsonl", "a") as log, interruptions() as stop:
-        saved = time.monotonic()
+    with interruptions() as stop:
+        saved, log = time.monotonic(), os.devnull if o.rank else Path(o.out) / "metrics.jsonl"
         for update in bar:
             m = trainer.update(update)
-            print(json.dumps(m), file=log, flush=True)
+            with writing(log), open(log, "a") as file:
+                print(json.dumps(m), file=file)
             if (update + 1) % o.save_every == 0 or update + 1 == o.steps:
                 trainer.save(update + 1)
                 saved = time.monotonic()
@@ -885,11 +919,12 @@ def train(o):
 
 @contextlib.contextmanager
 def interruptions():
-    """-> a list that SIGTERM and Ctrl-C are put in, so that the update is finished first. The second one is not waited for."""
+    """-> a list that SIGTERM and Ctrl-C are noted in, so that the update is finished first; another one stops it at once."""
     seen, before = [], {}
     def note(number, frame):
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if seen and time.monotonic() - seen[0] > 2:  # not when torchrun repeats what the terminal sent already
+            raise KeyboardInterrupt
+        seen.append(time.monotonic())
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -929,12 +964,29 @@ def peak_gb(device):
 def whole(path):
     """For a file or folder that is there whole or not at all: written under a temporary name, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)
-    yield temporary
-    if path.is_dir():
-        remove(path)
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        try:
+            yield temporary
+        except Exception:
+            remove(temporary)
+            raise
+        if path.is_dir():
+            remove(path)
+        os.replace(temporary, path)
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk is one line: what was whole before is whole still."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer hides the reason in a RuntimeError
+        free = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.is_dir())).free / 1e9
+        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]} ({free:.2f} GB are free there; make room, and the "
+                        "same command continues from what was whole before)") from error
 
 def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -1198,9 +1250,10 @@ def begin(argv):
 def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --generate-batch, or add --gradient-checkpointing"):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
-        library.logging.set_verbosity_error()
+        library.logging.set_verbosity(50)  # critical: what goes wrong is said once, below
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # diffusers' own use of huggingface_hub
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # to_pixels has its own limit
     try:
         begin(argv)
         return 0
