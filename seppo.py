@@ -985,8 +985,8 @@ def writing(path):
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer hides the reason in a RuntimeError
         free = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.is_dir())).free / 1e9
-        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]} ({free:.2f} GB are free there; make room, and the "
-                        "same command continues from what was whole before)") from error
+        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]} ({free:.1f} GB are free there without it: make "
+                        "room, and the same command continues from what was whole before)") from error
 
 def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -1084,9 +1084,9 @@ def plan(o, data, unet):
             + f"\n{o.steps} updates of {o.batch_size} = {winners:,} winners, {winners / data.total:.2g} epochs of {data.total:,} rows; an "
             f"update accumulates {o.batch_size // o.micro_batch // o.world} micro-batches of {o.micro_batch}"
             + f" on each of {o.world} devices" * (o.world > 1) + f"\n{gb * 250:.1f} M parameters, "
-            f"{trained * 250:.1f} M train: memory for weights {nets * gb:.2f} GB, gradients {trained:.2f}, optimizer {2 * trained:.2f}, and "
-            f"activations; disk for {checkpoints} checkpoints {checkpoints * (gb if checkpoint_part(o) == 'unet' else trained):.2f} GB, "
-            f"to resume from {3 * trained:.2f}")
+            f"{trained * 250:.1f} M train: memory for weights {nets * gb:.3g} GB, gradients {trained:.3g}, optimizer {2 * trained:.3g}, and "
+            f"activations; disk for {checkpoints} checkpoints {checkpoints * (gb if checkpoint_part(o) == 'unet' else trained):.3g} GB, "
+            f"to resume from {3 * trained:.3g}, twice that while it is written")
 
 def how_to_load(o):
     name, part, pipe, more = MOVED.get(o.model, o.model), checkpoint_part(o), "StableDiffusionPipeline", ""

@@ -1,5 +1,6 @@
 """python -m pytest: offline, on a CPU, in under two minutes. SLOW=1 adds the long ones."""
 import argparse
+import builtins
 import contextlib
 import functools
 import io
@@ -9,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -1846,6 +1848,36 @@ def test_a_bad_tenth_is_counted(pipeline, tmp_path, capfd, no_hang):
     assert 4 <= metrics()[-1]["skipped_rows"] <= 60 and "Warning" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("limit, file", [(30_000, "base.pt"), (150_000, "checkpoint-0"), (500_000, "state.pt")])
+def test_a_full_disk_is_one_line(pipeline, tmp_path, capsys, limit, file):
+    """No file may grow beyond `limit`: the run stops with one line, what was whole is whole, and with room it goes on."""
+    data, before = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        code = run(pipeline, data, "--out", "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    err = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "update" not in line]
+    assert code == 2 and len(err) == 1 and f"{file} cannot be written" in err[0] and "make room" in err[0], err
+    assert not [*Path("run").rglob("*.tmp")] and Path("run/checkpoint-0").exists() == (file == "state.pt")
+    assert run(pipeline, data, "--out", "run") == 0
+
+
+def test_the_log_on_a_full_disk(pipeline, tmp_path, capsys, monkeypatch):
+    data, printed = write_parquet(tmp_path / "pairs.parquet", pickapic_rows(8)), builtins.open
+    monkeypatch.setattr(builtins, "open", lambda path, mode="r", *args, **options: printed("/dev/full" if "metrics" in str(path) and mode == "a" else path, mode, *args, **options))
+    assert run(pipeline, data) == 2 and "metrics.jsonl cannot be written" in capsys.readouterr().err
+
+
+def test_disk_use_is_as_predicted(capsys):
+    argv = ["--model", "mini-untrained", "--batch-size", "4", "--micro-batch", "4", "--steps", "3", "--save-every", "2", "--out", "run"]
+    assert seppo.main([*argv, "--dry-run"]) == 0
+    pool, state = (float(gb) * 1e9 for gb in re.search(r"3 checkpoints (\S+) GB, to resume from (\S+),", capsys.readouterr().out).groups())
+    assert seppo.main(argv) == 0
+    size = lambda pattern: sum(p.stat().st_size for folder in Path("run").glob(pattern) for p in folder.rglob("*") if p.is_file())
+    assert size("checkpoint-*") == pytest.approx(pool, rel=.03) and size("resume") == pytest.approx(state, rel=.03)  # the rest is names
+
+
 # ---- Slow: SLOW=1 python -m pytest -k slow --------------------------------------------------------------------------
 
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="minutes: SLOW=1 runs it")
@@ -1957,6 +1989,24 @@ sys.exit(seppo.main(sys.argv[1:]))
         assert [line["policy_w"] for line in metrics()] == [line["policy_w"] for line in metrics("straight")], moment
         assert not [*Path("run").rglob("*.tmp")], moment
     print(f"kills inside files survived: {len(moments)}")
+
+
+@slow
+def test_slow_memory_does_not_grow(tmp_path):
+    """300 updates of the miniature (small batches, a base that barely learned): the peak after 100 is the peak at the end."""
+    program = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import seppo
+seppo.MINI["mini-untrained"] |= dict(steps=20, save_every=20)
+sys.exit(seppo.main(sys.argv[1:]))
+"""
+    argv = ["--batch-size", "16", "--micro-batch", "16", "--generate-batch", "16", "--steps", "300", "--save-every", "10"]
+    done = subprocess.run([sys.executable, "-c", program, str(HERE), *argv, "--out", "run"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peaks = [line["peak_gb"] for line in metrics()]
+    print(f"peak memory after 20, 100, 200, 300 updates: {[round(peaks[i - 1], 3) for i in (20, 100, 200, 300)]} GB")
+    assert peaks[299] < 1.03 * peaks[99], "2 to 30 checkpoints in the pool, 300 updates"
 
 
 @slow
