@@ -38,6 +38,7 @@ import eval as evaluation
 import seppo
 
 HERE = Path(__file__).parent
+slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="minutes: SLOW=1 runs it")
 torch.set_num_threads(1)  # the nets are tiny: more threads wait for each other
 
 
@@ -1229,6 +1230,7 @@ def test_clips_of_every_form(clips, monkeypatch):
     data = seppo.Winners("x", [(0, 0, 1)], lambda *_: [("a", clips / "frames")], resolution=64, frames=2)
     assert len({data.fetch(n)[1].sum().item() for n in range(20)}) > 3, "clips start anywhere"
     monkeypatch.setitem(sys.modules, "av", None)
+    clips.joinpath("film.mp4").touch()
     with pytest.raises(seppo.UserError, match="pip install av"):
         pixels("film.mp4", 4)
 
@@ -1323,7 +1325,8 @@ def test_video_end_to_end(pipeline, adapter, clips, capsys):
     assert len(pipe("a frames", num_frames=4, num_inference_steps=2, height=64, width=64).frames[0]) == 4
 
 
-def test_video_resumes(pipeline, adapter, clips, monkeypatch, capsys):
+@slow
+def test_slow_video_resumes(pipeline, adapter, clips, monkeypatch, capsys):
     assert film(pipeline, adapter, clips, "--out", "straight") == 0
     update = seppo.Trainer.update
     monkeypatch.setattr(seppo.Trainer, "update", lambda self, u: update(self, u) if u < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
@@ -1389,7 +1392,8 @@ def test_evaluation_of_clips(pipeline, adapter, evaluate, scorer_weights):
     assert evaluate("--motion-adapter", adapter, "--frames", 3, "--unet", "x=nowhere") == 2
 
 
-def test_the_moving_miniature(monkeypatch, capsys):
+@slow
+def test_slow_the_moving_miniature(monkeypatch, capsys):
     """Likes fall on the steadiest of four clips; and the whole path, at a size for tests."""
     t = torch.linspace(-.5, .5, 8)
     drift = torch.nn.functional.pad(torch.stack([t, -t], 1), (0, 3))
@@ -1879,9 +1883,6 @@ def test_disk_use_is_as_predicted(capsys):
 
 
 # ---- Slow: SLOW=1 python -m pytest -k slow --------------------------------------------------------------------------
-
-slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="minutes: SLOW=1 runs it")
-
 
 @slow
 def test_slow_the_readme_commands_learn():
