@@ -235,6 +235,7 @@ class Winners:
                 caption, *pictures = self.row(position, attempt)
                 if not isinstance(caption, str) or not caption.strip():
                     raise ValueError("no caption")
+                caption.encode()  # half a surrogate pair raises a ValueError here, or anything in a tokenizer
                 pixels = [to_pixels(picture, self.resolution, flip, self.frames, start) for picture in pictures[:1 + self.losers]]
                 return caption, pixels[0], pixels[-1], attempt
             except UserError:
@@ -314,7 +315,7 @@ def read_clip(clip, frames, start):
 
 def open_data(o):
     """--data: a miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
-    folder = Path(o.data).is_dir() and not any(Path(o.data).rglob("*.parquet"))
+    folder = os.path.isdir(o.data) and not any(Path(o.data).rglob("*.parquet"))
     source = open_mini if o.data in MINI_DATA else functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet
     need(folder or not o.frames or o.data in MINI_DATA, f"--data {o.data} is no folder: clips are read from folders only")
     return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners, o.frames)
@@ -325,7 +326,7 @@ def open_folder(name, clips=False):
     table, advice = Path(name, "metadata.jsonl"), "captions stand in metadata.jsonl as file_name and text, or in name.txt beside name.jpg"
     with reading(f"--data {name}", advice):
         if table.exists():
-            lines = [json.loads(line) for line in table.read_text("utf-8").splitlines() if line.strip()]
+            lines = [json.loads(line) for line in table.read_text("utf-8-sig").split("\n") if line.strip()]
             rows = [(line.get("text"), Path(name, line["file_name"])) for line in lines]
             outside = [str(p) for _, p in rows if ".." in p.parts or not p.is_relative_to(name)]
             need(not outside, f"--data {name}: metadata.jsonl names a file outside the folder: {outside and outside[0][:100]}")
@@ -876,11 +877,12 @@ def save_pictures(frames, path):
 
 def train(o):
     """A run from its resolved options: begin it, resume it, or say that it is finished. Raises Stopped after SIGTERM or Ctrl-C."""
-    if (Path(o.out) / f"checkpoint-{o.steps}").is_dir() and not o.fresh:
+    if os.path.isdir(f"{o.out}/checkpoint-{o.steps}") and not o.fresh:
         claim(o)
         return o.model.endswith("-untrained") or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
     if o.world > 1 and not dist.is_initialized():  # a day: another process may have far more to do
-        dist.init_process_group("gloo" if o.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(days=1))
+        with reading("torchrun's MASTER_ADDR and MASTER_PORT", "start it with torchrun"):
+            dist.init_process_group("gloo" if o.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(days=1))
     data = open_data(o)
     facts = {"source": data.source, "rows": data.total}
     claim(o, facts)  # before the slow part, and for good after it: a mistyped --model must not cost an old run
@@ -903,11 +905,12 @@ def train(o):
                 trainer.save(update + 1)
                 saved = time.monotonic()
             stopped, late = agreed(bool(stop), time.monotonic() - saved > SAVE_SECONDS, o=o)
-            if (stopped or late) and not o.rank:
-                trainer.save_state(update + 1)
+            if stopped or late:
+                if not o.rank:
+                    trainer.save_state(update + 1)
                 saved = time.monotonic()
             if stopped and update + 1 < o.steps:
-                raise Stopped(f"stopped after update {update + 1}, which is saved: the same command continues")
+                raise Stopped(f"stopped after update {update + 1}, which is saved: the same command continues" + ", without --fresh" * o.fresh)
             # Is it learning? The winners' error and what it is against the reference's, who is preferred, the share of flips.
             shown = {"winner": m["policy_w"]} | ({} if not trainer.reference else {
                 "-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]})
@@ -981,9 +984,9 @@ def writing(path):
     """A full disk is one line: what was whole before is whole still."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer hides the reason in a RuntimeError
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+            raise
         free = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.is_dir())).free / 1e9
         raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]} ({free:.1f} GB are free there without it: make "
                         "room, and the same command continues from what was whole before)") from error
@@ -1003,7 +1006,7 @@ def claim(o, data={}, begin=False):
         changed = ", ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k] and (k != "data" or not data))
         need(o.fresh or not changed, f"{out} holds a run with other options ({changed}): choose another --out, or --fresh")
         if begin:
-            for old in [path, out / "metrics.jsonl", out / "samples", out / "resume", *out.glob("checkpoint-*")] * o.fresh:
+            for old in [out / "resume", *out.glob("checkpoint-*"), out / "metrics.jsonl", out / "samples"] * o.fresh:  # the config last, by whole()
                 remove(old)
             versions = {"python": sys.version.split()[0], **{p: version(p) for p in ("torch", "diffusers", "transformers")}}
             with whole(path) as file:
@@ -1017,9 +1020,12 @@ def measure(whole_run):
     """--time: what a run as configured would take on this machine, from its first micro-batches; the first of two warms up."""
     need(whole_run.world == 1, "--time measures one device: start it with plain python")
     o, checkpoints = copy.copy(whole_run), len({*range(0, whole_run.steps, whole_run.save_every), whole_run.steps})
-    o.batch_size, o.sampler_steps = max(o.generate_batch, o.micro_batch), min(5, o.sampler_steps)  # a solver's steps are all alike
+    chunk = lambda n: min(o.batch_size, max(o.generate_batch * n, o.micro_batch))  # the first of an update is not fetched ahead
+    first, o.batch_size, o.sampler_steps = chunk(4 if o.flip == "indicator" else 1), chunk(1), min(5, o.sampler_steps)  # a solver's steps are all alike
     o.flip = "none" if o.flip == "indicator" else o.flip  # at equal weights it would generate nothing: this is its upper bound
-    with tempfile.TemporaryDirectory(dir=next(p for p in Path(o.out).absolute().parents if p.is_dir())) as o.out:
+    with writing(Path(o.out)):
+        room = tempfile.TemporaryDirectory(dir=next(p for p in Path(o.out).absolute().parents if p.is_dir()))
+    with room as o.out:
         trainer = Trainer(o, open_data(o))
         evaluations, taken = (len(make_solver(trainer.codec.scheduler, o.solver, run.sampler_steps).timesteps) for run in (whole_run, o))
         point = functools.partial(mark, trainer.device)
@@ -1044,10 +1050,11 @@ def measure(whole_run):
         speed = flop.get(phase, 0) / max(each, 1e-9)
         print(f"  {phase:9} {each:9.4f} s" + (f", {speed:.3g} TFLOP/s, {speed / peaks[dtypes[phase]]:.0%} of a matrix product's" if each > 1e-6 and speed else ""))
     computing = sum(each for phase, each in seconds.items() if phase != "data")
-    total = whole_run.steps * (whole_run.batch_size * max(computing, seconds["data"]) + optimizer) + checkpoints * save
+    winner, hidden = max(computing, seconds["data"]), min(computing, seconds["data"])
+    total = whole_run.steps * (whole_run.batch_size * winner + first * hidden + optimizer) + checkpoints * save
     print(f"an update's optimizer step {optimizer:.3f} s, a checkpoint {save:.2f} s, peak memory {peak_gb(trainer.device) or 0:.2f} GB; a matrix product: "
           + ", ".join(f"{str(kind)[6:]} {peak:.3g} TFLOP/s" for kind, peak in peaks.items())
-          + f"\nthe whole run on this device alone: {total / 3600:.3g} hours; rows are fetched meanwhile"
+          + f"\nthe whole run on this device alone: {total / 3600:.3g} hours; rows are fetched meanwhile, but for an update's first"
           + ", and the anchor spares a part: this counts a reference sample for every winner" * (whole_run.flip == "indicator"))
 
 def count_flop(trainer, evaluations):
@@ -1221,7 +1228,10 @@ def check(o):
     multiple = 8 if o.model in MINI else 64
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
     need(o.sampler_steps <= 1000, "--sampler-steps can be 1000 at most")
+    need(o.solver != "pndm" or o.sampler_steps >= 4, "--solver pndm needs --sampler-steps 4 at least")
     need(re.fullmatch(r"cpu|cuda(:\d+)?", o.device), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need(o.device == "cpu" or o.world == 1 or here <= torch.cuda.device_count(), f"{here} processes here, and torch finds {torch.cuda.device_count()} GPUs")
     need(o.device == "cpu" or int(o.device[5:] or 0) < torch.cuda.device_count(), f"--device {o.device}: torch finds no such GPU here; "
          "--device cpu works")
 
@@ -1258,7 +1268,7 @@ def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --ge
         begin(argv)
         return 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all processes find at once is said by one
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized() and error.code == 2:  # what all find at once is said by one
             print(f"{program}: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
@@ -1266,6 +1276,10 @@ def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --ge
         return Stopped.code
     except torch.OutOfMemoryError:
         print(f"{program}: out of GPU memory: lower {less}", file=sys.stderr)
+    except RuntimeError as error:
+        if not (dist.is_initialized() and re.search("closed by peer|[Cc]onnection re|recvValue|NCCL", str(error))):
+            raise
+        print(f"{program}: another process has failed: its own line says why", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":
