@@ -1628,7 +1628,7 @@ def useless_pictures():
         "negative header": png_header(2 ** 31, 1) + png[33:], "profile of 70 MB": png[:33] + struct.pack(">I", len(profile) - 4) + profile + struct.pack(">I", zlib.crc32(profile)) + png[33:],
         "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(pwned) (w) file closefile showpage\n", "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "float TIFF": encoded(Image.new("F", (64, 64), 1e30), "TIFF"), "32-bit": encoded(Image.new("I", (64, 64), 9 ** 9), "TIFF"),
-        "wild TIFF": b"II*\0\xff\xff\xff\x7f" + bytes(64), "empty GIF": b"GIF89a\x10\0\x10\0\0\0\0;", "a path": "/work/photo.jpg", "a zip": b"PK\3\4" + bytes(100)}
+        "wild TIFF": b"II*\0\xff\xff\xff\x7f" + bytes(64), "empty GIF": b"GIF89a\x10\0\x10\0\0\0\0;", "a path": "/home/photo.jpg", "a zip": b"PK\3\4" + bytes(100)}
 
 
 def odd_pictures():
