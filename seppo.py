@@ -123,7 +123,8 @@ def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guid
 def make_solver(scheduler, name, steps):
     kind, fixed = SOLVERS[name]
     solver = getattr(diffusers, kind).from_config(scheduler.config, **fixed)
-    solver.set_timesteps(steps)
+    with reading(f"--solver {name}, --sampler-steps {steps}", "take more steps"):  # PNDM has a least number
+        solver.set_timesteps(steps)
     return solver
 
 def put(tensor, device):
@@ -1228,7 +1229,6 @@ def check(o):
     multiple = 8 if o.model in MINI else 64
     need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
     need(o.sampler_steps <= 1000, "--sampler-steps can be 1000 at most")
-    need(o.solver != "pndm" or o.sampler_steps >= 4, "--solver pndm needs --sampler-steps 4 at least")
     need(re.fullmatch(r"cpu|cuda(:\d+)?", o.device), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     need(o.device == "cpu" or o.world == 1 or here <= torch.cuda.device_count(), f"{here} processes here, and torch finds {torch.cuda.device_count()} GPUs")

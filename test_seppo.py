@@ -565,6 +565,8 @@ def test_time_tells_in_advance(pipeline, tmp_path, capsys):
 def test_pndm_takes_more_evaluations_than_steps():
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012)
     assert [len(seppo.make_solver(scheduler, name, 20).timesteps) for name in ("dpm++", "unipc", "ddim", "pndm")] == [20, 20, 20, 29]
+    with pytest.raises(seppo.UserError, match="take more steps"):
+        seppo.make_solver(scheduler, "pndm", 3)
 
 
 @pytest.mark.parametrize("method, solver", [("seppo", "dpm++"), ("spin", "unipc"), ("ditto", "ddim"), ("seppo", "pndm"), ("dpo", "dpm++"), ("sft", "dpm++")])
@@ -1527,7 +1529,7 @@ def test_a_cell_that_fails_is_no_divergence(small_study, monkeypatch):
     (["--steps", "0"], "--steps must be positive"), (["--batch-size", "10", "--micro-batch", "4"], "multiple of --micro-batch"),
     (["--resolution", "20"], "multiple of 8"), (["--model", "x", "--data", "y", "--resolution", "500"], "multiple of 64"),
     (["--scale_lr"], "2.048e-5"), (["--train_batch_size", "4"], "--batch-size"), (["--gradient_accumulation_steps=2"], "--micro-batch"),
-    (["--solver", "pndm", "--sampler-steps", "3"], "4 at least"), (["--data", "x" * 300], "cannot be read"), (["--out", "x" * 300], "cannot be used"),
+    (["--data", "x" * 300], "cannot be read"), (["--out", "x" * 300], "cannot be used"),
     (["--bet", "3"], "unrecognized"), (["--method", "ppo"], "invalid choice"), (["--lr", "fast"], "invalid float"),
     (["--device", "tpu"], "--device"), (["--caption-dropout", "2"], "between 0 and 1"), (["--model", "x"], "needs --data"),
     (["--data", "nowhere"], "--data nowhere cannot be read"), (["--data", "pickapic"], "another copy: --data Pulkit996/pick-a-pic-v2"),
