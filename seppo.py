@@ -1,442 +1,703 @@
-"""SePPO, Semi-Policy Preference Optimization (Zhang et al., arXiv 2410.05255), in one file.
+"""SePPO: Semi-Policy Preference Optimization (Zhang et al., arXiv 2410.05255), in one file.
 
 Align a diffusion model with what people like, from liked pictures alone: no losing pictures, no reward model. Earlier
 checkpoints of the run are its references. A reference generates the sample that stands where DPO has the loser, and an
-anchor criterion decides for each sample whether to push away from it or to learn from it too.
+anchor criterion decides, sample by sample, whether to push away from it or to learn from it too.
 
     python seppo.py                                                            # a miniature: two CPU cores, minutes
     python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
-    python seppo.py --model DIR_OR_ID --data DIR_OR_PARQUET_OR_ID --out runs/mine
-    python seppo.py --model DIR_OR_ID --motion-adapter guoyww/animatediff-motion-adapter-v1-5-2 --data DIR_OF_CLIPS --frames 16
+    python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your own pictures
+    python seppo.py --model DIR_OR_ID --motion-adapter DIR_OR_ID --data CLIPS  # text-to-video
 
-The same command again resumes. From top to bottom: the objective, the reference rule, the sampler, the data, the models,
-the miniature, the loop, the command line. Left out on purpose: LoRA, SDXL, weight averaging, trackers (metrics.jsonl has
-one JSON object per update) and the safety checker (it judges pictures; training never leaves latent space).
+The same command again resumes. Sections 1 to 4 are the paper; 5 to 8 are what it takes to run it. Left out on purpose:
+SDXL, weight averaging, trackers (metrics.jsonl has a JSON object per update), and the safety checker (training stays
+in latents).
 """
-import argparse, bisect, contextlib, copy, datetime, functools, hashlib, io, itertools, json, math
-import os, random, re, shutil, signal, sys, tempfile, threading, time, warnings
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
-import diffusers, huggingface_hub, torch, transformers
+import argparse
+import bisect
+import contextlib
+import copy
+import datetime
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from diffusers.utils import make_image_grid
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from torch.utils.checkpoint import checkpoint
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-# ---- The objective --------------------------------------------------------------------------------------------------
-# Winner first, reference sample second, everywhere. m(x; net) is the mean squared error of a net's prediction on a noised
-# x (denoising_error, below); one (t, eps) is shared by the winner x^w and its reference sample x^r, and by both nets:
+# ---- 1. The objective (the paper's section 3) -----------------------------------------------------------------------
+# Winner first, reference sample second, everywhere. m(x; net) is the mean squared error of a net's prediction of the
+# noise in x_t (denoising_error); one (t, eps) is shared by x^w and x^r, and by policy and reference.
 #
-#     s_w  = m(x^w; theta) - m(x^w; ref)                     winner, policy minus reference
-#     s_r  = m(x^r; theta) - m(x^r; ref)                     reference sample, policy minus reference
-#     sign = sgn( m(x^w; ref) - m(x^w; theta) )              the anchor criterion, on the winner; no gradient
-#     L    = -log sigmoid( -beta/2 (s_w - sign * s_r) )      beta/2 holds T w(lambda_t), as in Diffusion-DPO's code
+#     s_w  = m(x^w; theta) - m(x^w; ref)                 winner, policy minus reference
+#     s_r  = m(x^r; theta) - m(x^r; ref)                 reference sample, policy minus reference
+#     sign = sgn(-s_w)                                   the anchor criterion; no gradient
+#     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      beta/2 holds T w(lambda_t), as in Diffusion-DPO's code
 #
-# +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the reference
-# is the better model here, so its sample counts as a second winner. 0: equal (the first update): only the winner speaks.
+# +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the
+# reference is the better model here, so its sample counts as a second winner. 0: equal (the first update): only the
+# winner speaks.
 
-FLIPS = {  # what becomes of the sign
-    "sign": lambda sign: sign,                    # the paper: the Anchor-based Adaptive Flipper
-    "indicator": lambda sign: sign.clamp(min=0),  # its ablation 1(x > 0): a likely winner is dropped, not learned from
-    "none": torch.ones_like,                      # x^r always loses: Diffusion-DPO, SPIN-Diffusion
-}
 
 def seppo_loss(policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per sample.
 
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0 of winner and reference sample under
-    policy and reference, all four computed on one numeric path. Pass fp32: beta multiplies their rounding.
-    beta: > 0. flip: a key of FLIPS. sign: (B,) in {-1, 0, 1}, where the anchor was evaluated earlier.
-    Returns the (B,) losses (the log-sigmoid is per sample: average afterwards) and a dict of detached (B,) tensors: the
-    `sign` used, the `logit`, the implicit rewards `reward_w` and `reward_r`. Raises ValueError for an unknown flip.
+    policy and reference, all four computed on one numeric path, in fp32: beta multiplies their rounding.
+    flip: what becomes of the sign. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation
+    1(x > 0), where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion.
+    sign: (B,) in {-1, 0, 1}, where the anchor was asked before.
+    Returns the (B,) losses (the log-sigmoid is taken per sample: average afterwards) and a dict of detached (B,)
+    tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`. Raises ValueError for another flip.
     """
-    if flip not in FLIPS:
-        raise ValueError(f"flip is one of {', '.join(FLIPS)}, not {flip!r}")
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
-    sign = FLIPS[flip](torch.sign(-s_w) if sign is None else sign).detach()
+    sign = torch.sign(-s_w).detach() if sign is None else sign
+    if flip == "indicator":
+        sign = sign.clamp(min=0)
+    elif flip == "none":
+        sign = torch.ones_like(sign)
+    elif flip != "sign":
+        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
     logit = -0.5 * beta * (s_w - sign * s_r)
-    details = {"sign": sign, "logit": logit, "reward_w": -0.5 * beta * s_w, "reward_r": -0.5 * beta * s_r}
-    return -F.logsigmoid(logit), {name: value.detach() for name, value in details.items()}
+    rewards = {"reward_w": -0.5 * beta * s_w.detach(), "reward_r": -0.5 * beta * s_r.detach()}
+    return -F.logsigmoid(logit), {"sign": sign, "logit": logit.detach()} | rewards
+
 
 def choose_reference(k, rule, generator=None):
-    """The reference-selection rule: which of the k checkpoints so far, 0 (the base model) .. k-1, is the reference.
+    """Which of the k checkpoints so far, 0 (the base model) .. k-1, is the reference.
 
     rule: `random` is uniform (SePPO) and draws from `generator` (a torch.Generator), `latest` is k-1 (SPIN-Diffusion),
-    `initial` is 0 (Diffusion-DPO). Returns an int. Raises ValueError for k < 1 or an unknown rule.
+    `initial` is 0 (Diffusion-DPO). Returns an int. Raises ValueError for k < 1 or another rule.
     """
     if k < 1 or rule not in ("random", "latest", "initial"):
-        raise ValueError(f"needs k >= 1 and a rule among random, latest, initial, not {k}, {rule!r}")
+        raise ValueError(f"needs k >= 1 and random, latest or initial, not {k}, {rule!r}")
     return {"random": int(torch.randint(k, (), generator=generator)), "latest": k - 1, "initial": 0}[rule]
+
+
+METHODS = {  # one loss, six methods: what stands where DPO has the loser, which checkpoint is the reference, the sign
+    "seppo": dict(loser="generated", reference="random", flip="sign"),
+    "sspo": dict(loser="generated", reference="random", flip="indicator"),  # the paper's second version, as we read it
+    "spin": dict(loser="generated", reference="latest", flip="none"),
+    "ditto": dict(loser="generated", reference="initial", flip="none"),
+    "dpo": dict(loser="data", reference="initial", flip="none"),
+    "sft": dict(loser="none", reference="initial", flip="none"),  # without a loser the other two say nothing
+}
+
+
+def predict(unet, x_t, t, context):
+    """What the net says of x_t, in fp32. A clip's frames share its caption: diffusers leaves that to the caller."""
+    if x_t.ndim == 5:
+        context = context.repeat_interleave(x_t.shape[2], dim=0)
+    return unet(x_t, t, encoder_hidden_states=context).sample.float()
+
 
 def denoising_error(unet, scheduler, x_0, eps, t, context):
     """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
 
-    x_0, eps: (B, C, h, w), or of clips (B, C, F, h, w), fp32 latents and noise. t: (B,) integer timesteps.
-    context: (B, tokens, width) captions.
-    scheduler: a diffusers scheduler that knows abar and what the net predicts.
+    x_0, eps: (B, C, h, w) fp32 latents and noise, or (B, C, F, h, w) of clips. t: (B,) integer timesteps.
+    context: (B, tokens, width), the encoded captions. scheduler: diffusers'; it knows abar and what the net predicts.
     """
     x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     target = scheduler.get_velocity(x_0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
     return (predict(unet, x_t, t, context) - target).square().flatten(1).mean(1)
 
-def predict(unet, x_t, t, context):
-    """What the net says, in fp32. A clip's frames share its caption: diffusers' UNetMotionModel leaves that to its caller."""
-    context = context.repeat_interleave(x_t.shape[2], 0) if x_t.ndim == 5 else context
-    return unet(x_t, t, encoder_hidden_states=context).sample.float()
 
-# ---- The sampler ----------------------------------------------------------------------------------------------------
-# Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs 4.5
-# UNet forwards and adds the VAE's own error.
+def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sign=None, beta=2000.0, flip="sign"):
+    """From latents to the loss: the sum of B pairs' losses, to be differentiated, and {statistic: (B,) values}.
 
-SOLVERS = {  # all deterministic, and none clips latents as if they were pixels, whatever the model's own configuration says
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}), "unipc": ("UniPCMultistepScheduler", {}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}), "pndm": ("PNDMScheduler", {})}
+    x_w, x_r: (B, C, h, w) latents of winners and reference samples. eps, t, context: (B, ...), shared, as above.
+    reference and x_r None: SFT, whose loss is the winner's error itself.
+    sign: (B,), the anchor's verdict, where it was asked first. Where it is 0 there is no reference sample: x_r holds a
+    stand-in, which has no say in the loss and is not counted among the pairs.
+    """
+    x = x_w if x_r is None else torch.cat([x_w, x_r])  # (2 B, C, h, w): both in one batch
+    eps, t, context = (torch.cat([v] * (len(x) // len(v))) for v in (eps, t, context))
+    policy_m = denoising_error(policy, scheduler, x, eps, t, context)
+    if reference is None:
+        error = policy_m.detach()
+        return policy_m.sum(), {"winners": torch.ones_like(error), "loss": error, "policy_w": error}
+    with torch.no_grad():
+        reference_m = denoising_error(reference, scheduler, x, eps, t, context)
+    (policy_w, policy_r), (reference_w, reference_r) = policy_m.chunk(2), reference_m.chunk(2)
+    losses, d = seppo_loss(policy_w, reference_w, policy_r, reference_r, beta, flip, sign)
+    ones = torch.ones_like(losses)
+    pairs = ones if sign is None else sign
+    found = {"winners": ones, "loss": losses.detach(), "logit": d["logit"]}
+    found |= {"policy_w": policy_w.detach(), "reference_w": reference_w}
+    found |= {"sign_pos": d["sign"] > 0, "sign_neg": d["sign"] < 0, "sign_zero": d["sign"] == 0}
+    found |= {"pairs": pairs, "policy_r": pairs * policy_r.detach(), "reference_r": pairs * reference_r}
+    found |= {"implicit_acc": pairs * (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2}  # a draw counts half
+    return losses.sum(), found
+
+
+# ---- 2. The sampler -------------------------------------------------------------------------------------------------
+# Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs
+# 4.5 UNet forwards and adds the VAE's own error.
+
+SOLVERS = {  # all deterministic, and none clips latents as if they were pixels
+    "dpm++": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++")),
+    "unipc": (diffusers.UniPCMultistepScheduler, dict()),
+    "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False)),
+    "pndm": (diffusers.PNDMScheduler, dict(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)),  # SD 1.5's
+}
+
 
 @torch.no_grad()
-def sample(unet, scheduler, noise, context, null, solver="dpm++", steps=20, guidance=7.5):
-    """(B, C, h, w) or (B, C, F, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1.0: none).
+def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, guidance=7.5):
+    """(B, C, h, w) or (B, C, F, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1: none).
 
-    context: (B, tokens, width), the captions; null: (1, tokens, width), the empty caption. scheduler: the training
-    scheduler, whose betas and kind of prediction the solver (a key of SOLVERS) takes over.
+    context: (B, tokens, width), the captions; empty: (1, tokens, width), the empty caption. scheduler: the training
+    scheduler, whose noise levels and kind of prediction the solver (a key of SOLVERS) takes over.
     """
-    solver = make_solver(scheduler, solver, steps)
-    x, dtype, halves = noise * solver.init_noise_sigma, next(unet.parameters()).dtype, 1 if guidance == 1.0 else 2
-    context = torch.cat([null.expand_as(context), context][-halves:]).to(dtype)  # both halves in one call
-    for t, t_there in zip(solver.timesteps, put(solver.timesteps, noise.device)):  # the solver's own arithmetic stays on the CPU: no waiting
-        x_in = solver.scale_model_input(torch.cat([x] * halves), t).to(dtype)
-        out = predict(unet, x_in, t_there, context).chunk(halves)
-        x = solver.step(out[0] + guidance * (out[-1] - out[0]) if halves == 2 else out[0], t, x).prev_sample
+    kind, settings = SOLVERS[solver]
+    solver = kind.from_config(scheduler.config, **settings)
+    solver.set_timesteps(steps)
+    guided, dtype, x = guidance != 1, next(unet.parameters()).dtype, noise * solver.init_noise_sigma
+    if guided:
+        context = torch.cat([empty.expand_as(context), context])  # both halves in one call
+    for t, t_there in zip(solver.timesteps, solver.timesteps.to(x.device)):  # the solver's own arithmetic: on the CPU
+        x_in = solver.scale_model_input(torch.cat([x, x]) if guided else x, t)
+        out = predict(unet, x_in.to(dtype), t_there, context.to(dtype))
+        if guided:
+            without, with_caption = out.chunk(2)
+            out = without + guidance * (with_caption - without)
+        x = solver.step(out, t, x).prev_sample
     return x
 
-def make_solver(scheduler, name, steps):
-    kind, fixed = SOLVERS[name]
-    solver = getattr(diffusers, kind).from_config(scheduler.config, **fixed)
-    with reading(f"--solver {name}, --sampler-steps {steps}", "take more steps"):  # PNDM has a least number
-        solver.set_timesteps(steps)
-    return solver
 
-def put(tensor, device):
-    """A CPU's tensor on the device. The CPU does not wait for the GPU, which it would do with memory that is not pinned."""
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+# ---- 3. One update (the paper's algorithm, its inner loop) ----------------------------------------------------------
+# Losses are summed, not averaged, in the backward pass, and gradients divided at the step: so micro-batches, chunks
+# and devices are shares that add up.
 
-# ---- Randomness -----------------------------------------------------------------------------------------------------
-# Every draw is keyed by what it is for and by the sample's position in the run, never taken from a generator that runs
-# along: so neither the micro-batch, nor the number of devices, nor a resume changes it.
+WARMUP, CLIP = 0.25, 1.0  # share of the updates; the gradient's largest norm
+ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
+OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # statistics: means
+OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # means over those winners that have a reference sample
 
-def key(*parts):
-    """A 63-bit seed from any printable values, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
-def draws(seed, positions, shape, timesteps, dropout):
-    """What chance gives to B samples, drawn on the CPU: t (B,), whether the caption is dropped (B,), and three (B, *shape)
-    noises: eps of the loss, the winner's VAE posterior, and the start of the reference sample (or the loser's posterior)."""
-    columns = []
-    for position in positions:
-        g = torch.Generator().manual_seed(key(seed, "sample", position))
-        columns.append((torch.randint(timesteps, (), generator=g), torch.rand((), generator=g) < dropout,
-                        *(torch.randn(shape, generator=g) for _ in range(3))))
-    return [torch.stack(column) for column in zip(*columns)]
+class Trainer:
+    """Policy, reference, and what one update does with them. Each device has one, for its share of the batch."""
 
-# ---- The data -------------------------------------------------------------------------------------------------------
+    def __init__(self, o, policy, codec):
+        self.o, self.policy, self.codec = o, policy, codec
+        self.reference, self.generator, self.index = None, None, None  # index: which checkpoint the reference holds
+        if o.loser != "none":  # what does not train is shared
+            frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+            self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
+        if o.loser == "generated":  # rounding is harmless where a net only generates: a half-precision copy does it
+            self.generator = copy.deepcopy(self.reference).to(o.half) if o.dtype == "fp16" else self.reference
+        # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
+        self.draw = torch.compile(self.generator) if o.compile else self.generator
+        self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
+        self.state = dict(self.trained)  # all that a resumed run needs, by name
+        for name, p in self.trained.items():  # moments now, so that a card that is too small says so at once
+            moments = {"step": torch.zeros((), device=p.device)}
+            moments |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = moments
+            self.state |= {f"{name} {moment}": tensor for moment, tensor in moments.items()}
+        side = o.resolution // codec.factor
+        self.shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)  # of latents
+        self.empty = codec.encode_text([""])  # (1, tokens, width)
+        self.sampler = dict(empty=self.empty, solver=o.solver, steps=o.sampler_steps, guidance=o.guidance)
+        # Master weights are fp32. What fp16 carries is decided by the gradient at one element of a prediction, beta/2
+        # * 2/N * error * sigmoid: this factor puts it into the middle of fp16's range, whatever beta and N are.
+        scale = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1) if o.dtype == "fp16" else 1.0
+        self.counts = {"scale": scale, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}  # so far
+        self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, o.dtype == "fp16")
+        self.sums, self.overflow = Counter(), False  # of the update under way; {statistic: sum over this device}
 
-PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2", "yuvalkirstain/pickapic_v2")  # the last: the paper's, gone
-COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0"}  # label_0: 1 = jpg_0 wins, 0 = jpg_1 wins, 0.5 = a tie
+    def set_reference(self, update):
+        """Reference selection: once an interval, from the pool {0 .. k-1} of the checkpoints there are by then."""
+        k = update // self.o.save_every + 1
+        index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
+        if index != self.index:
+            folder = self.o.out / f"checkpoint-{index * self.o.save_every}" / self.o.part
+            weights = {name: p for name, p in self.reference.named_parameters() if name in self.trained}
+            fill(weights, folder / "diffusion_pytorch_model.safetensors")
+            if self.o.dtype == "fp16" and self.generator:
+                self.generator.load_state_dict(self.reference.state_dict())
+            self.index = index
+
+    @torch.no_grad()
+    def ask_the_anchor(self, *batch):
+        """x_w, eps, t, context -> (B,) the sign under --flip indicator, 1 or 0, before any sample is drawn."""
+        parts = [*zip(*(v.split(self.o.micro_batch) for v in batch))]
+        with self.autocast():
+            policy_w, reference_w = (
+                torch.cat([denoising_error(net, self.codec.scheduler, *part) for part in parts])
+                for net in (self.policy, self.reference)
+            )
+        return (policy_w < reference_w).float()
+
+    def reference_samples(self, noise, captions, wanted, instead):
+        """x^r: (B, C, h, w) latents that the reference draws for the captions, or `instead` where wanted is 0."""
+        x_r = instead.clone()
+        for i in wanted.nonzero()[:, 0].split(self.o.generate_batch):
+            if len(i):
+                x_r[i] = sample(self.draw, self.codec.scheduler, noise[i], captions[i], **self.sampler)
+        return x_r
+
+    def gradient(self, rows):
+        """Adds the gradient of these rows' summed loss, and their statistics, to those of the update under way."""
+        o, codec, first = self.o, self.codec, not self.sums
+        if self.overflow:
+            return
+        positions, captions, winners, losers, replaced = zip(*rows)
+        drawn = draws(o.seed, positions, self.shape, codec.scheduler.config.num_train_timesteps, o.caption_dropout)
+        t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in drawn)
+        captions = codec.encode_text(captions)  # (B, tokens, width)
+        context = torch.where(dropped[:, None, None], self.empty, captions)  # dropout: alike in all four errors
+        x_w = codec.encode(torch.stack(winners).to(o.device), noise_w)  # (B, C, h, w)
+        batch = {"x_w": x_w, "eps": eps, "t": t, "context": context}
+        if o.loser == "data":
+            batch["x_r"] = codec.encode(torch.stack(losers).to(o.device), noise_r)
+        elif o.loser == "generated":
+            wanted = torch.ones_like(t)
+            if o.flip == "indicator":
+                wanted = batch["sign"] = self.ask_the_anchor(x_w, eps, t, context)
+            batch["x_r"] = self.reference_samples(noise_r, captions, wanted, instead=x_w)
+        for i in torch.arange(len(t), device=o.device).split(o.micro_batch):
+            part = {name: value[i] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
+            with self.autocast():
+                loss, statistics = batch_loss(self.policy, self.reference, codec.scheduler, **part)
+            (self.counts["scale"] * loss).backward()
+            self.sums.update({name: value.sum().float() for name, value in statistics.items()})
+        self.sums["skipped_rows"] += torch.tensor(float(sum(replaced)), device=o.device)
+        if first:  # what is not finite is seen before the rest is generated
+            finite = torch.stack([gradient.isfinite().all() for gradient in self.gradients()]).all().float()
+            if o.world > 1:
+                dist.all_reduce(finite, dist.ReduceOp.MIN)
+            self.overflow = not finite
+
+    def gradients(self):
+        return [p.grad for p in self.trained.values() if p.grad is not None]  # None: a weight that the net never uses
+
+    def step(self, update):
+        """Adds up the devices' shares, clips, steps. Returns what is logged."""
+        o, counts, totals = self.o, self.counts, torch.stack([*self.sums.values()])
+        if o.world > 1:  # once an update: to overlap that with anything would buy nothing
+            for tensor in (*self.gradients(), totals):
+                dist.all_reduce(tensor)
+        for gradient in self.gradients():
+            gradient /= counts["scale"] * o.batch_size
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP).item()
+        sums = dict(zip(self.sums, totals.tolist()))
+        means = {name: sums[name] / sums["winners"] for name in OF_WINNERS if name in sums}
+        means |= {name: sums[name] / sums["pairs"] for name in OF_PAIRS if sums.get("pairs")}
+        counts["skipped_rows"] += int(sums["skipped_rows"])
+        lr = o.lr * min(1.0, (update + 1) / max(1, round(WARMUP * o.steps)))
+        self.optimizer.param_groups[0]["lr"] = lr
+        counts["in_a_row"] = 0 if math.isfinite(norm) else counts["in_a_row"] + 1
+        found = (
+            f"three updates in a row, until {update + 1}, are not finite (loss {means['loss']}, gradient norm {norm})"
+        )
+        need(counts["in_a_row"] < 3, f"{found}; the checkpoints are whole: take a lower --lr, in another --out")
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:  # nothing is learned from this batch, and nothing logged; in fp16 the next one is scaled less
+            counts["skipped_updates"] += 1
+            counts["scale"] /= 16 if o.dtype == "fp16" else 1
+            means, norm = {}, None
+        self.optimizer.zero_grad()  # before anything is saved: it frees a fifth of the memory
+        self.sums, self.overflow = Counter(), False
+        logged = {"update": update + 1} | dict.fromkeys(OF_WINNERS + OF_PAIRS) | means
+        logged |= {"reference": self.index, "grad_norm": norm, "lr": lr}
+        return logged | {name: counts[name] for name in ("skipped_rows", "skipped_updates")}
+
+    def check_numeric_path(self):
+        """At equal weights s_w and s_r must be 0, or beta makes preferences out of rounding."""
+        o, scheduler = self.o, self.codec.scheduler
+        drawn = draws("check", range(o.micro_batch), self.shape, scheduler.config.num_train_timesteps, 0)
+        t, _, eps, x_w, x_r = (v.to(o.device) for v in drawn)
+        context = self.empty.expand(len(t), -1, -1)
+        with self.autocast():
+            _, m = batch_loss(self.policy, self.reference, scheduler, x_w, eps, t, context, x_r)
+        s = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
+        logit = 0.5 * o.beta * s.abs().max().item()
+        found = f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart"
+        need(logit < 0.3, f"{found}: their errors are not computed on one numeric path, and signs would be rounding")
+        if logit > 0:
+            print(f"{found} instead of 0")
+
+
+# ---- 4. The run (the paper's algorithm, its outer loop) -------------------------------------------------------------
+
+
+def train(o):
+    """A run from its options: begins it, or goes on where the same command stopped."""
+    data = open_data(o)
+    policy, codec = load_models(o)
+    trainer = Trainer(o, policy, codec)
+    begin(o, data, policy)
+    if trainer.reference:
+        trainer.check_numeric_path()
+    done = resume(o, trainer)
+    if done == 0:
+        save(o, trainer, data, 0)  # the base model, the pool's first
+    share = o.batch_size // o.world  # of each device, of every update
+    chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
+    if o.flip == "indicator":
+        chunk *= 4  # the anchor spares about half of the samples: so the generator's batches are full
+    positions = (u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share))
+    rows, saved = fetch_ahead(data, positions, ahead=2 * chunk), time.monotonic()
+    begun, total, log = done * o.batch_size, o.steps * o.batch_size, o.out / "metrics.jsonl"
+    bar = tqdm(initial=begun, total=total, unit="winner", smoothing=0, disable=o.rank > 0)
+    for update in range(done, o.steps):
+        start = time.perf_counter()
+        if trainer.reference:
+            trainer.set_reference(update)
+        for first in range(0, share, chunk):
+            part = [next(rows) for _ in range(min(chunk, share - first))]
+            trainer.gradient(part)
+            bar.update(len(part) * o.world)
+            if (update, first) == (done, 0):  # it opened files and warmed up: from here on the clock is right
+                bar.initial, bar.start_t = bar.n, time.time()
+        m, seconds = trainer.step(update), time.perf_counter() - start
+        m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak_gb(o.device)}
+        if o.rank == 0:
+            with explained(f"{log} cannot be written", ROOM), open(log, "a") as file:
+                print(json.dumps(m), file=file)
+        bar.set_postfix({name: f"{m[name]:.3g}" for name in SHOWN if m[name] is not None}, refresh=False)
+        interval_ends = (update + 1) % o.save_every == 0 or update + 1 == o.steps
+        if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
+            save(o, trainer, data, update + 1, interval_ends)
+            saved = time.monotonic()
+    bar.close()
+    if o.rank == 0:
+        print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
+
+
+# ---- 5. The data ----------------------------------------------------------------------------------------------------
+# Position n of the run always means the same row, crop and noise: so neither the micro-batch, nor the number of
+# devices, nor a resume changes a result.
+
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
-    code = 2
 
-class Stopped(UserError):
-    """By SIGTERM or Ctrl-C, with nothing lost."""
-    code = 130
 
 def need(condition, message):
     if not condition:
         raise UserError(message)
 
+
 @contextlib.contextmanager
-def reading(what, advice):
-    """Whatever goes wrong while the user's input is read becomes one line that names it."""
+def explained(what, advice):
+    """What goes wrong with the user's files becomes one line that names them. Not so a programming error."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        chain = [error]
-        while following := chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(following)  # diffusers and transformers hide what the hub answered
-        cause = next((e for e in chain if isinstance(e, huggingface_hub.errors.HfHubHTTPError)), error)
-        cause = error.__cause__ if cause is error and "root cause" in str(error) else cause
-        reason = (" ".join(str(cause).split()) or type(cause).__name__)[:200]
-        raise UserError(f"{what} cannot be read: {reason} ({advice})") from error
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise UserError(f"{what}: {reason[:200]} ({advice})") from error
+
+
+def key(*parts):
+    """A 63-bit seed from any printable values, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def draws(seed, positions, shape, timesteps, dropout):
+    """What chance gives to B samples, drawn on the CPU: (B,) t, (B,) whether the caption is dropped, and (B, *shape)
+    noises: eps, the winner's VAE posterior's, and what the reference sample starts from (or the loser's posterior's).
+    """
+    columns = []
+    for position in positions:
+        g = torch.Generator().manual_seed(key(seed, "sample", position))
+        t, dropped = torch.randint(timesteps, (), generator=g), torch.rand((), generator=g) < dropout
+        columns.append((t, dropped, *(torch.randn(shape, generator=g) for _ in range(3))))
+    return [torch.stack(column) for column in zip(*columns)]
+
 
 class Winners:
-    """The winners by position in the run: position n always means the same row and the same pixels.
+    """The rows by position. They come in groups that are read whole (a Parquet row group); per epoch the groups are
+    shuffled, and the rows in each. A row without a caption or a picture is replaced by another, and counted.
 
-    Rows come in groups that are read whole (a Parquet row group). Per epoch the shards, the groups in a shard and the rows
-    in a group are shuffled, by (seed, epoch) alone. A tie's place is taken by another row of its group. A row of no use
-    (no caption, no picture) is replaced by one that (seed, position, attempt) determines, and counted.
-    groups: (shard, group, rows) of each. read(shard, group, rows) -> the first `rows` rows, less the ties: (caption, winner)
-    or (caption, winner, loser), a picture being bytes, a path or pixels. losers: whether the losers are wanted. frames: of a clip.
+    source: what config.json calls it. groups: [(n, read)], where read() -> the group's n rows: (caption, winner, loser
+    or None), or None in the place of a tie. A picture is bytes, a path, or pixels.
     """
 
-    def __init__(self, source, groups, read, losers=False, seed=0, resolution=512, max_winners=None, frames=None):
-        self.source, self.read, self.losers, self.seed, self.resolution, self.frames = source, read, losers, seed, resolution, frames
-        self.groups, self.total, self.lock, self.pool = [], 0, threading.Lock(), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        for shard, group, rows in groups:
-            rows = min(rows, math.inf if max_winners is None else max_winners - self.total)
-            self.groups += [(shard, group, rows)] * (rows > 0)
-            self.total += rows
-        need(self.total, f"--data {source} has no rows")
-        need(not losers or any(len(self.row(0, attempt)) > 2 for attempt in range(20)),
-             f"--data {source} has no losing pictures, which --loser data (--method dpo) needs")
+    def __init__(self, o, source, groups):
+        self.o, self.source, self.groups, self.total, self.lock = o, source, [], 0, threading.Lock()
+        for n, read in groups:
+            n = min(n, (o.max_winners or n + self.total) - self.total)
+            self.groups += [(n, read)] if n else []
+            self.total += n
+        need(self.total, f"--data {o.data} has no rows")
+        if o.loser == "data":
+            some = any(row[2] is not None for row in self.group(0, 0))
+            need(some, f"--data {o.data} has no losing pictures, which --loser data (--method dpo) needs")
 
     @functools.lru_cache(2)
     def epoch(self, epoch):
         """The groups in this epoch's order, and the place in the epoch where each ends."""
-        order = sorted(self.groups, key=lambda group: (key(self.seed, epoch, group[0]), key(self.seed, epoch, group)))
-        return order, list(itertools.accumulate(rows for _, _, rows in order))
+        order = random.Random(key(self.o.seed, "groups", epoch)).sample(range(len(self.groups)), len(self.groups))
+        return order, list(itertools.accumulate(self.groups[g][0] for g in order))
 
     @functools.lru_cache(4)
-    def group(self, group, epoch):
-        """The rows of one group in this epoch's order."""
-        with reading(f"--data {self.source}, shard {group[0]}, row group {group[1]}", "mend it; the run resumes"):
-            rows = self.read(*group)
-        return random.Random(key(self.seed, "rows", epoch, group)).sample(rows, len(rows))
+    def group(self, g, epoch):
+        """The rows of a group in this epoch's order, without the ties."""
+        n, read = self.groups[g]
+        with explained(f"--data {self.source}, row group {g} cannot be read", "mend it; the same command continues"):
+            rows = [row for row in read()[:n] if row]
+        return random.Random(key(self.o.seed, "rows", epoch, g)).sample(rows, len(rows))
 
-    def row(self, position, attempt=0):
-        """(caption, winner, loser) at this position of the run, or its stand-in number `attempt`."""
-        if attempt:
-            position = random.Random(key(self.seed, "row", position, attempt)).randrange(self.total)
+    def row(self, position):
+        """(caption, winner, loser), as they came. In the place of a tie another row of its group comes again."""
         epoch, place = divmod(position, self.total)
         order, ends = self.epoch(epoch)
-        g = bisect.bisect_right(ends, place)
-        with self.lock:  # several threads fetch, one reads
-            rows = self.group(order[g], epoch)
-        return rows[(place - ends[g]) % len(rows)] if rows else ()  # modulo: some rows come again in the place of ties
+        at = bisect.bisect(ends, place)
+        with self.lock:  # several threads ask, one reads
+            rows = self.group(order[at], epoch)
+        return rows[(place - ends[at]) % len(rows)] if rows else (None, None, None)
 
-    def fetch(self, position):
-        """-> caption, pixels of the winner, pixels of the loser (if wanted), how many rows were replaced."""
-        chance = random.Random(key(self.seed, "flip", position))
+    def __getitem__(self, position):
+        """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were of no use."""
+        chance, wanted = random.Random(key(self.o.seed, "flip", position)), position
         flip, start = chance.random() < 0.5, chance.random()
-        for attempt in range(100):
+        for attempt in range(1, 101):
             try:
-                caption, *pictures = self.row(position, attempt)
+                caption, winner, loser = self.row(wanted)
                 if not isinstance(caption, str) or not caption.strip():
                     raise ValueError("no caption")
-                caption.encode()  # half a surrogate pair raises a ValueError here, or anything in a tokenizer
-                pixels = [to_pixels(picture, self.resolution, flip, self.frames, start) for picture in pictures[:1 + self.losers]]
-                return caption, pixels[0], pixels[-1], attempt
-            except UserError:
-                raise
-            except Exception as error:  # whatever a stranger's bytes make a decoder raise
+                caption.encode()  # half a surrogate pair is a ValueError here, and anything at all in a tokenizer
+                winner = to_pixels(winner, self.o, flip, start)
+                loser = to_pixels(loser, self.o, flip, start) if self.o.loser == "data" else None
+                return position, caption, winner, loser, attempt - 1
+            except ValueError as error:
                 reason = error
+            wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
         raise UserError(f"--data {self.source}: 100 rows in a row are of no use (the last: {reason})")
 
-def to_pixels(picture, resolution, flip=False, frames=None, start=0.0):
-    """Bytes, a path or an open picture -> (3, R, R) in [-1, 1]: upright, shorter side to R (bilinear), centre crop. Pixels stay.
-    A clip's path, if `frames` is given (see read_clip) -> (3, F, R, R)."""
-    if isinstance(picture, torch.Tensor):
-        if picture.shape[-1] != resolution:  # the miniature's, for another model
-            picture = F.interpolate(picture[None], resolution)[0]
-        return picture.flip(-1) if flip else picture
-    if frames:
-        sizes, pixels = zip(*((frame.size, to_pixels(frame, resolution, flip)) for frame in read_clip(Path(picture), frames, start)))
-        if len(pixels) < frames or len({*sizes}) > 1:
-            raise ValueError("frames are missing, or differ in size")
-        return torch.stack(pixels, 1)
-    picture = picture["bytes"] if isinstance(picture, dict) else picture  # as `datasets` stores its Image columns
-    with contextlib.nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(
-            io.BytesIO(picture) if isinstance(picture, bytes) else regular(picture), formats=[*FORMATS]) as image:
+
+def fetch_ahead(data, positions, ahead):
+    """Rows in order, read and decoded by threads while the GPU works."""
+    pool, waiting = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), deque()
+    try:
+        for position in positions:
+            waiting.append(pool.submit(data.__getitem__, position))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow may open: others start programs, or follow paths
+PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
+FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
+STRIDE = 4  # AnimateDiff's: every fourth frame of a film
+
+
+def to_pixels(picture, o, flip=False, start=0.0):
+    """Bytes or a path -> (3, R, R) in [-1, 1]: shorter side to R (bilinear), centre crop; of a film (3, F, R, R).
+    Pixels stay as they are. Raises ValueError for what is no picture."""
+    if isinstance(picture, Path) and not picture.is_file():  # pipes and devices would be waited for
+        raise ValueError(f"{picture} is no file")
+    if not isinstance(picture, torch.Tensor):
+        try:
+            pictures = read_clip(picture, o.frames, start) if o.frames else [read_picture(picture)]
+            fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
+        except Exception as error:  # whatever a stranger's bytes make a decoder raise
+            raise ValueError(f"no readable picture: {error}") from error
+        values = torch.frombuffer(bytearray().join(frame.tobytes() for frame in fitted), dtype=torch.uint8)
+        picture = values.view(-1, o.resolution, o.resolution, 3).permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, R, R)
+        picture = picture if o.frames else picture[:, 0]
+    return picture.flip(-1) if flip else picture
+
+
+def read_picture(picture):
+    """Bytes, a path, or a dict as `datasets` stores them -> an upright RGB picture."""
+    picture = picture["bytes"] if isinstance(picture, dict) else picture
+    # A string is no path: what somebody's Parquet names is not opened.
+    with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
         if image.width * image.height > 64e6:  # a few kilobytes can ask for gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")
         if image.mode.startswith("I;16"):  # Pillow would make white of it
             image = image.point(lambda value: value / 256).convert("L")
         elif image.mode in ("I", "F"):
             raise ValueError(f"numbers of unknown scale (mode {image.mode})")
-        image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.BILINEAR)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
-    return to_pixels(pixels.permute(2, 0, 1) / 127.5 - 1, resolution, flip)
+        return ImageOps.exif_transpose(image).convert("RGB")
 
-STRIDE = 4  # AnimateDiff's
-FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
-CLOSED = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v"}  # no playlists
-FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff")}
-is_picture = lambda path: path.suffix.lower() in itertools.chain(*FORMATS.values()) and path.name[0] != "."
 
-def regular(path):
-    """A file's path, if it is one: pipes and devices would be waited for, and a path in somebody's Parquet is not followed."""
-    if not isinstance(path, Path) or not path.is_file():
-        raise ValueError("no picture" if path is None else f"{str(path)[:100]} is no regular file")
-    return path
+def read_clip(path, frames, start):
+    """Yields `frames` pictures of a film, the first at a share `start` in [0, 1) of the possible ones; closer than
+    STRIDE in a short film, as AnimateDiff takes them. What is not taken is not kept: films may be long."""
+    import av
 
-def read_clip(clip, frames, start):
-    """Yields `frames` pictures of a clip: a folder of frames, an animated GIF or WebP, or a film. Every STRIDE-th frame, the
-    first at a share `start` in [0, 1) of the possible ones; closer together in a shorter clip, as AnimateDiff takes them."""
-    def choose(n):
-        if n < frames:
-            raise ValueError(f"{n} frames")
-        length = min(n, (frames - 1) * STRIDE + 1)
-        return [int(start * (n - length + 1)) + i * (length - 1) // (frames - 1) for i in range(frames)]
+    opened = functools.partial(av.open, str(path.absolute()))
+    closed = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+    with opened(options=closed) as film:  # the container's own count is often missing
+        n = sum(packet.size > 0 and not packet.is_discard for packet in film.demux(video=0))
+    if n < frames:
+        raise ValueError(f"{n} frames")
+    length = min(n, (frames - 1) * STRIDE + 1)
+    first = int(start * (n - length + 1))
+    wanted = [first + i * (length - 1) // (frames - 1) for i in range(frames)]
+    with opened(options=closed) as film:
+        for i, frame in enumerate(itertools.islice(film.decode(video=0), wanted[-1] + 1)):
+            if i in wanted:
+                yield frame.to_image().rotate(frame.rotation, expand=True)
+    if i < wanted[-1]:
+        raise ValueError(f"{i + 1} of {n} frames can be decoded")
 
-    if clip.is_dir():  # frame10 comes after frame9
-        files = sorted(filter(is_picture, clip.iterdir()), key=lambda p: [part.zfill(20) for part in re.split(r"(\d+)", p.name)])
-        for i in choose(len(files)):
-            with Image.open(regular(files[i]), formats=[*FORMATS]) as picture:
-                yield picture
-    elif is_picture(regular(clip)):
-        with Image.open(clip, formats=[*FORMATS]) as film:
-            for i in choose(getattr(film, "n_frames", 1)):
-                film.seek(i)
-                yield film
-    else:
-        try:
-            import av
-        except ImportError as error:
-            raise UserError(f"{clip}: films need PyAV: pip install av, or make folders of frames") from error
-        opened = functools.partial(av.open, str(clip), options=CLOSED)
-        with opened() as film:  # what was cut off without encoding again is still there, to be discarded
-            wanted = choose(sum(packet.size > 0 and not packet.is_discard for packet in film.demux(video=0)))
-        with opened() as film:
-            for i, frame in enumerate(itertools.islice(film.decode(video=0), wanted[-1] + 1)):
-                if i in wanted:
-                    yield frame.to_image().rotate(frame.rotation, expand=True)
+
+PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2", "yuvalkirstain/pickapic_v2")  # the last: gone
+COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0 = jpg_1 wins, 0.5 = a tie
+
 
 def open_data(o):
-    """--data: a miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id) with Pick-a-Pic's columns."""
-    folder = os.path.isdir(o.data) and not any(Path(o.data).rglob("*.parquet"))
-    source = open_mini if o.data in MINI_DATA else functools.partial(open_folder, clips=bool(o.frames)) if folder else open_parquet
-    need(folder or not o.frames or o.data in MINI_DATA, f"--data {o.data} is no folder: clips are read from folders only")
-    return Winners(*source(o.data), o.loser == "data", o.seed, o.resolution, o.max_winners, o.frames)
+    """--data: the miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
+    folder = Path(o.data)
+    captioned = o.frames or (folder / "metadata.jsonl").exists() or not any(folder.rglob("*.parquet"))
+    if o.data in MINI_DATA:
+        rows = mini_rows(o.data)
+    elif folder.is_dir() and captioned:
+        rows = folder_rows(folder, FILMS if o.frames else PICTURES)
+    else:
+        need(not o.frames, f"--data {o.data} is no folder: clips are read from folders only")
+        return Winners(o, *parquet_groups(o.data))
+    return Winners(o, o.data, [(len(rows), lambda: rows)])
 
-def open_folder(name, clips=False):
-    """A folder with metadata.jsonl ({"file_name": ..., "text": ...} a line), or with name.txt beside name.jpg, or beside the
-    clip: name.gif, name.webp, name.mp4, or name/ with a file for each frame."""
-    table, advice = Path(name, "metadata.jsonl"), "captions stand in metadata.jsonl as file_name and text, or in name.txt beside name.jpg"
-    with reading(f"--data {name}", advice):
+
+def folder_rows(folder, endings):
+    """metadata.jsonl ({"file_name": ..., "text": ...} a line), or name.txt beside name.jpg or name.mp4."""
+    table = folder / "metadata.jsonl"
+    advice = "captions stand in metadata.jsonl as file_name and text, or in name.txt"
+    with explained(f"--data {folder} cannot be read", advice):
         if table.exists():
             lines = [json.loads(line) for line in table.read_text("utf-8-sig").split("\n") if line.strip()]
-            rows = [(line.get("text"), Path(name, line["file_name"])) for line in lines]
-            outside = [str(p) for _, p in rows if ".." in p.parts or not p.is_relative_to(name)]
-            need(not outside, f"--data {name}: metadata.jsonl names a file outside the folder: {outside and outside[0][:100]}")
+            rows = [(line.get("text"), folder / line["file_name"], None) for line in lines]
+            outside = [p for _, p, _ in rows if not Path(os.path.abspath(p)).is_relative_to(os.path.abspath(folder))]
+            need(not outside, f"--data {folder}: metadata.jsonl names {str(outside[:1])[12:99]} outside the folder")
         else:
-            is_clip = lambda p: p.name[0] != "." and (p.is_dir() or is_picture(p) or p.suffix.lower() in FILMS)
-            pictures = sorted(filter(is_clip, Path(name).iterdir()) if clips else filter(is_picture, Path(name).rglob("*")))
-            rows = [(c.read_text("utf-8", "replace") if (c := p.with_name((p.name if p.is_dir() else p.stem) + ".txt")).is_file() else None, p)
-                    for p in pictures]
-        if not any(isinstance(caption, str) and caption.strip() for caption, _ in rows):
-            raise ValueError(f"no captioned {'clips' if clips else 'pictures'}")
-    return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
+            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.name[0] != ".")
+            beside = [(p.with_suffix(".txt"), p) for p in files]
+            rows = [(c.read_text("utf-8", "replace") if c.is_file() else None, p, None) for c, p in beside]
+        if not any(isinstance(caption, str) and caption.strip() for caption, *_ in rows):
+            raise ValueError(f"no captioned {'clips' if endings is FILMS else 'pictures'}")
+    return rows
 
-def open_parquet(name):
-    """Parquet files with COLUMNS, read by row groups, over the network too: Pick-a-Pic's 335 GB never land on a disk."""
-    import fsspec
-    from datasets import disable_progress_bars, load_dataset_builder  # resolves folders, hub ids and splits to files
-    from pyarrow.parquet import ParquetFile
-    disable_progress_bars()
-    source = PICKAPIC[0] if name == "pickapic" and not Path(name).exists() else name
-    advice = f"another copy: --data {PICKAPIC[1]}; the paper's own, {PICKAPIC[2]}, is gone" if source != name else (
-        "--data takes pickapic, a folder of captioned pictures, or a Parquet file, folder or hub id with Pick-a-Pic's columns")
 
-    def opened(file, **known):  # no read-ahead: it would fetch 5 MB more at every read
-        system, path = fsspec.url_to_fs(file)
-        return ParquetFile(system.open(path, cache_type="none"), **known)
+def parquet_groups(name):
+    """Parquet with COLUMNS -> its source and [(rows of a row group, how to read them)]. Over the network too, where
+    nothing is kept: Pick-a-Pic's 335 GB never lie on a disk."""
+    import pyarrow.dataset
 
-    with reading(f"--data {source}", advice):
-        (source, _, pinned), revision = (source, "", "") if Path(source).exists() else source.partition("@"), None
-        if not Path(source).exists():
-            revision = huggingface_hub.HfApi().dataset_info(source, revision=pinned or None, timeout=30).sha
-        files = {"train": [source]} if Path(source).is_file() else load_dataset_builder(source, revision=revision).config.data_files
-        need("train" in files, f"--data {source} has no split named train")
-        files = sorted(files["train"])
-        need(all(file.endswith(".parquet") for file in files), f"--data {source} has files that are not Parquet ({advice})")
+    source, root, system = name, Path(name), None
+    advice = "it takes pickapic, a folder of captioned pictures, or Parquet with " + ", ".join(COLUMNS)
+    if name == "pickapic" and not root.exists():
+        source, advice = PICKAPIC[0], f"another copy: --data {PICKAPIC[1]}; the paper's own, {PICKAPIC[2]}, is gone"
+    with explained(f"--data {source} cannot be read", advice):
+        if root.exists():
+            names = [str(p.relative_to(root)) for p in root.rglob("*")]
+        else:
+            source, _, revision = source.partition("@")
+            info = huggingface_hub.HfApi().dataset_info(source, revision=revision or None, timeout=30)
+            source, names = f"{source}@{info.sha}", [file.rfilename for file in info.siblings]
+            root = f"datasets/{source}"
+            system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks read what nobody asked for
+        files = [name] if Path(name).is_file() else [f"{root}/{file}" for file in train_files(source, names)]
+        files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
-            footers = list(pool.map(lambda file: opened(file).metadata, files))
-    for file, names in ((file, footer.schema.to_arrow_schema().names) for file, footer in zip(files, footers)):
-        need(COLUMNS <= {*names}, f"--data {file} lacks {', '.join(COLUMNS - {*names})} of Pick-a-Pic's columns; it has {', '.join(names)}")
+            groups = [group for file in pool.map(lambda file: file.split_by_row_group(), files) for group in file]
+    for group in groups:
+        missing = {*COLUMNS} - {*group.physical_schema.names}
+        need(not missing, f"--data {group.path} lacks Pick-a-Pic's column {', '.join(sorted(missing))}")
 
-    def read(i, group, n):
-        table = opened(files[i], metadata=footers[i]).read_row_group(group, columns=sorted(COLUMNS)).slice(0, n)
-        sides = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}  # a label that is none of these leaves no picture
-        return [(row["caption"], *map(row.get, sides.get(row["label_0"], "??"))) for row in table.to_pylist() if row["label_0"] != 0.5]
+    def read(group):
+        sides, rows = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}, []
+        for row in group.to_table(columns=COLUMNS).to_pylist():
+            winner, loser = sides.get(row["label_0"], ("", ""))  # a label that says nothing leaves no picture: counted
+            rows.append(None if row["label_0"] == 0.5 else (row["caption"], row.get(winner), row.get(loser)))
+        return rows
 
-    source += f"@{revision}" if revision else ""
-    print(f"data: {source}" + (", read over the network" if revision else ""))
-    return source, [(i, g, f.row_group(g).num_rows) for i, f in enumerate(footers) for g in range(f.num_row_groups)], read
+    return source, [(group.row_groups[0].num_rows, functools.partial(read, group)) for group in groups]
 
-# ---- The models -----------------------------------------------------------------------------------------------------
 
-ANIMATEDIFF = dict(beta_schedule="linear", beta_start=.00085, beta_end=.012, trained_betas=None, clip_sample=False,
-                   timestep_spacing="linspace", rescale_betas_zero_snr=False)  # its noise schedule, not the base model's
-MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # gone from the hub since 2024
+def train_files(source, names):
+    """The Parquet files of the split `train`: with that word in their path; all, where no path names a split."""
+    words = {name: {*re.split(r"[^a-z]+", name.lower())} for name in sorted(names) if name.endswith(".parquet")}
+    train = [name for name, has in words.items() if "train" in has]
+    other = [name for name, has in words.items() if has & {"validation", "valid", "val", "dev", "test"}]
+    need(words, f"--data {source} has no Parquet files")
+    need(train or not other, f"--data {source} has no split named train: {', '.join(other[:4])}")
+    return train or [*words]
 
-def framewise(method):
-    """For a codec's method that maps pictures, (B, C, h, w): clips, (B, C, F, h, w), go through it frame by frame."""
-    @functools.wraps(method)
-    def both(self, *xs):
-        if xs[0].ndim == 4:
-            return method(self, *xs)
-        return method(self, *(x.transpose(1, 2).flatten(0, 1) for x in xs)).unflatten(0, (len(xs[0]), -1)).transpose(1, 2)
-    return both
+
+# ---- 6. The models --------------------------------------------------------------------------------------------------
+
+FOLDER_OR_ID = "it takes a folder as diffusers saves it, or a hub id"
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # gone from the hub in 2024
+# AnimateDiff's noise levels, which are not the base model's
+ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
+
 
 class StableDiffusion:
-    """What stands between pictures, captions and a Stable Diffusion UNet: VAE, CLIP text encoder, noise schedule."""
+    """What stands between pictures, captions and the UNet: VAE, CLIP text encoder, noise levels."""
 
-    def __init__(self, tokenizer, text, vae, scheduler, device):
-        self.tokenizer, self.text, self.vae, self.scheduler = tokenizer, text.to(device), vae.to(device), scheduler
-        self.text.requires_grad_(False), self.vae.requires_grad_(False)
+    def __init__(self, tokenizer, text, vae, scheduler):
+        self.tokenizer, self.text, self.vae, self.scheduler = tokenizer, text, vae.requires_grad_(False), scheduler
         self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
-        self.channels, self.width = self.vae.config.latent_channels, self.text.config.hidden_size
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent: 8
+        self.channels, self.width = vae.config.latent_channels, text.config.hidden_size
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent: 8
 
+    @torch.no_grad()
     def encode_text(self, captions):  # -> (B, 77, 768)
-        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
-                             max_length=self.text.config.max_position_embeddings).input_ids
-        return self.text(put(ids, self.text.device))[0].float()
+        length = self.text.config.max_position_embeddings
+        settings = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return self.text(self.tokenizer(list(captions), **settings).input_ids.to(self.text.device))[0].float()
 
-    @framewise
-    def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), drawn from the VAE's posterior
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
+    @torch.no_grad()
+    def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), a draw from the VAE's posterior
+        posterior = self.vae.encode(as_pictures(pixels).to(self.vae.dtype)).latent_dist
+        latents = posterior.mean.float() + posterior.std.float() * as_pictures(noise)
+        return as_clips(latents * self.vae.config.scaling_factor, noise)
 
-    @framewise
+    @torch.no_grad()
     def decode(self, latents):  # back, clamped to [-1, 1]
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        pixels = self.vae.decode(as_pictures(latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return as_clips(pixels.float().clamp(-1, 1), latents)
 
-def load_codec(folder, device, dtype):
-    tokenizer = load_tokenizer(transformers.CLIPTokenizer, folder, subfolder="tokenizer")
-    text = load_whole(transformers.CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype)
-    need(len(tokenizer) <= text.config.vocab_size, f"{folder}: its tokenizer has more words than its text encoder")
-    return StableDiffusion(
-        tokenizer, text,
-        load_whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype, low_cpu_mem_usage=False),
-        DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), device)
 
-def random_sd15(device, dtype):
-    """--model random-sd15: Stable Diffusion 1.5's architecture with random weights. It costs what the real one costs, and needs
-    no download: for --time, and to try things out."""
-    torch.manual_seed(0)
-    tokenizer = lambda captions, **_: argparse.Namespace(input_ids=torch.stack(  # no words either
-        [torch.randint(49408, (77,), generator=torch.Generator().manual_seed(key(caption))) for caption in captions]))
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12))
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512)
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012)
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768), StableDiffusion(
-        tokenizer, text.to(dtype), vae.to(dtype), scheduler, device)
+def as_pictures(x):
+    """Clips (B, C, F, h, w) -> their frames (B F, C, h, w); pictures stay."""
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+def as_clips(x, like):
+    """The way back, where `like` is of clips."""
+    return x.unflatten(0, (len(like), -1)).transpose(1, 2) if like.ndim == 5 else x
+
 
 def load_whole(kind, *args, **options):
     """kind.from_pretrained, which of itself leaves weights that a file lacks at random, and says nothing."""
@@ -445,842 +706,410 @@ def load_whole(kind, *args, **options):
     need(not missing, f"{args[0]} lacks weights of a {kind.__name__}: {', '.join(missing[:2])}, ...")
     return model
 
-def load_tokenizer(kind, *args, **options):
-    """kind.from_pretrained, which of itself makes an empty vocabulary out of a folder without one."""
-    tokenizer = kind.from_pretrained(*args, **options)
-    need(len(tokenizer) > 9, f"{args[0]} lacks the files of its tokenizer")
-    return tokenizer
 
-def load_unet(name, *kinds, weights=True):
-    """A UNet, or a net of other kinds (classes), as diffusers saves it: at NAME/unet, NAME/motion_adapter or NAME itself; in fp32,
-    the master weights. weights=False: untrained, for its shape alone."""
+def load_unet(name, *kinds):
+    """A net of one of these classes as diffusers saves it, at NAME/unet, NAME/motion_adapter or NAME; in fp32."""
     for part in ("unet", "motion_adapter", None):
-        try:
-            config = UNet2DConditionModel.load_config(name, subfolder=part)
+        with contextlib.suppress(OSError):
+            found = UNet2DConditionModel.load_config(name, subfolder=part)["_class_name"]
             break
-        except OSError as error:
-            reason = error
     else:
-        raise reason
-    kinds = {kind.__name__: kind for kind in kinds or (UNet2DConditionModel,)}
-    need(config["_class_name"] in kinds, f"{name} holds a {config['_class_name']}, not a {' or '.join(kinds)}")
-    kind = kinds[config["_class_name"]]
-    return load_whole(kind, name, subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False) if weights else kind.from_config(config)
+        raise OSError(f"{name} has no configuration of a UNet")
+    kind = {kind.__name__: kind for kind in kinds}.get(found)
+    need(kind, f"{name} holds a {found}, not a {' or '.join(kind.__name__ for kind in kinds)}")
+    return load_whole(kind, name, subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
-def load_models(o, weights=True):
-    """-> the policy's UNet, and what stands between it and pictures and captions. Raises UserError. weights=False: the shapes."""
+
+def load_models(o):
+    """-> the policy's UNet in fp32, and the codec (StableDiffusion or Miniature)."""
     if o.model in MINI:
-        unet, codec = load_mini(o.model, o.device, weights), Miniature(o.device)
-    elif o.model == "random-sd15":
-        unet, codec = random_sd15(o.device, DTYPES[o.dtype][1])
+        policy, codec = load_mini(o.model), Miniature(o.device)
     else:
-        with reading(f"--model {o.model}", "--model takes a folder saved by diffusers, a hub id, or mini"):
-            folder = o.model if Path(o.model).is_dir() else MOVED.get(o.model, o.model)
-            if weights and not Path(folder).is_dir():
-                folder = diffusers.DiffusionPipeline.download(folder, safety_checker=None, feature_extractor=None)
-            unet, codec = load_unet(folder, weights=weights), weights and load_codec(folder, o.device, DTYPES[o.dtype][1])
-    other = None
+        name = o.model if Path(o.model).is_dir() else MOVED.get(o.model, o.model)
+        with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID):
+            policy = load_unet(name, UNet2DConditionModel)
+            text = load_whole(transformers.CLIPTextModel, name, subfolder="text_encoder", dtype=o.half)
+            vae = load_whole(AutoencoderKL, name, subfolder="vae", torch_dtype=o.half, low_cpu_mem_usage=False)
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+            scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
+            # of itself the tokenizer makes an empty vocabulary out of a folder without one
+            need(9 < len(tokenizer) <= text.config.vocab_size, f"--model {o.model} lacks its tokenizer's files")
+        codec = StableDiffusion(tokenizer, text.to(o.device), vae.to(o.device), scheduler)
+    other, config = None, policy.config
     if o.unet:
-        with reading(f"--unet {o.unet}", "it takes a folder or hub id with a UNet as diffusers saves it"):
-            other = load_unet(o.unet, UNet2DConditionModel, UNetMotionModel, weights=weights)
-        need(o.motion_adapter or type(other) is type(unet), f"--unet {o.unet} has another kind of UNet than --model {o.model}")
-        unet = exchange(unet, other, o)
+        with explained(f"--unet {o.unet} cannot be read", FOLDER_OR_ID):
+            other = load_unet(o.unet, UNet2DConditionModel, *[UNetMotionModel] * bool(o.motion_adapter))
+            if type(other) is UNet2DConditionModel:
+                policy.load_state_dict(other.state_dict())
+    takes, gives = (config.in_channels, config.cross_attention_dim), (codec.channels, codec.width)
+    fits = takes == gives and not config.addition_embed_type and codec.scheduler.config.prediction_type != "sample"
+    need(fits, f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes {takes} channels of {gives}")
     if o.motion_adapter:
-        with reading(f"--motion-adapter {o.motion_adapter}", "it takes a folder or hub id with a MotionAdapter as diffusers saves it"):
-            unet = exchange(UNetMotionModel.from_unet2d(unet, load_unet(o.motion_adapter, MotionAdapter, weights=weights)), other, o)
-        need(unet.config.temporal_transformer_layers_per_block == 1, f"--motion-adapter {o.motion_adapter} has several layers a block, which "
-             "diffusers does not save")
-        if codec:
-            codec.scheduler = DDPMScheduler.from_config(codec.scheduler.config, **ANIMATEDIFF)
-    if o.frames:
-        longest = unet.config.motion_max_seq_length
+        with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID):
+            policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, MotionAdapter))
+            if type(other) is UNetMotionModel:
+                policy.load_state_dict(other.state_dict())
+        codec.scheduler = DDPMScheduler.from_config(codec.scheduler.config, **ANIMATEDIFF)
+        longest = policy.config.motion_max_seq_length
         need(o.frames <= longest, f"--frames {o.frames}: this motion adapter knows {longest} at most")
-    if o.train == "motion":
-        unet.freeze_unet2d_params()
-    takes, gives = (unet.config.in_channels, unet.config.cross_attention_dim), (codec.channels, codec.width) if codec else None
-    need(not codec or codec.scheduler.config.prediction_type != "sample", f"--model {o.model} predicts samples: only epsilon and v are known here")
-    need(not codec or takes == gives and not unet.config.addition_embed_type,
-         f"--model {o.model} is no text-to-image Stable Diffusion 1.x: latents and captions have {gives} channels, its UNet takes {takes}")
-    layout = torch.preserve_format if o.device == "cpu" else torch.channels_last  # what a GPU's convolutions work in
-    return unet.to(o.device, memory_format=layout).eval(), codec  # eval: dropout would part policy and reference
+        if o.train == "motion":
+            policy.freeze_unet2d_params()
+    return policy.to(o.device).eval(), codec  # eval: dropout would part policy and reference
 
-def exchange(unet, other, o):
-    """--unet's net, where it is of the same kind."""
-    if type(other) is not type(unet):
-        return unet
-    need([p.shape for p in unet.parameters()] == [p.shape for p in other.parameters()],
-         f"--unet {o.unet} has another shape than the UNet of --model {o.model}")
-    return other
 
-def checkpoint_part(o):
-    """What a checkpoint holds: the motion adapter, if --model and it are all that is needed, or the UNet."""
-    return "motion_adapter" if o.train == "motion" and not o.unet else "unet"
+def enable_checkpointing(unet):
+    unet.enable_gradient_checkpointing()
+    for module in unet.modules():
+        if isinstance(module, AnimateDiffTransformer3D):  # which diffusers leaves out
+            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
 
-POOL = "the pool is not whole: restore it, or start over with --fresh"
 
 @torch.no_grad()
-def load_weights(unet, folder):
-    """A checkpoint of the pool into a net, in place and one tensor at a time: no second copy in memory."""
-    path, file = checkpoint_file(folder)
-    with file, reading(f"checkpoint {folder}", POOL):
-        for name, tensor in unet.state_dict().items():
-            if path.parent.name == "unet" or "motion_modules" in name:
-                tensor.copy_(file.get_tensor(name))
+def fill(tensors, path):
+    """{name: tensor} from a safetensors file, in place, one at a time: no second copy in memory. -> its metadata"""
+    with explained(f"{path} cannot be read", "restore it, or choose another --out"), safe_open(path, "pt") as file:
+        for name, tensor in tensors.items():
+            tensor.copy_(file.get_tensor(name))
+        return file.metadata()
 
-def checkpoint_file(folder):
-    """-> a checkpoint's path, and the open file, whose length is checked."""
-    with reading(f"checkpoint {folder}", POOL):
-        path = next(Path(folder).glob("*/diffusion_pytorch_model.safetensors"), None)
-        need(path, f"checkpoint {folder} is missing: {POOL}")
-        return path, safe_open(path, "pt")
 
-# ---- The miniature --------------------------------------------------------------------------------------------------
-# A text-to-image world for two cores, on the same path as Stable Diffusion. Pictures (16 x 16) of captioned shapes, each
-# with its own dose of four flaws: off-centre, foggy, blurred, small. Of four pictures for a caption people like the one
-# with the highest `mini_score`. The base model learned from all of them, so there is room above it; and as the taste is
-# known, what alignment did can be measured. It predicts v: few steps suffice where so small a net's eps would be noise.
-# In its clips flawless shapes drift, and each clip has its own dose of one flaw: jitter.
+# ---- 7. The miniature -----------------------------------------------------------------------------------------------
+# A text-to-image world for two cores, on the same path as Stable Diffusion. Pictures (16 x 16) of captioned shapes,
+# each with its dose of four flaws: off-centre, foggy, blurred, small. Of four pictures for a caption people like the
+# one with the highest `mini_score`. The base model learned from all, so there is room above it; and as the taste is
+# known, what alignment did can be measured. It predicts v: few steps suffice where so small a net's eps is noise.
 
-COLOURS = {"red": (1, -.8, -.8), "green": (-.8, .7, -.8), "blue": (-.8, -.6, 1), "yellow": (1, .9, -.8)}
-SHAPES = {"square": lambda x, y: torch.maximum(x.abs(), y.abs()), "disc": lambda x, y: (x.square() + y.square()).sqrt(),
-          "diamond": lambda x, y: .7 * (x.abs() + y.abs()),
-          "cross": lambda x, y: torch.minimum(torch.maximum(x.abs(), 2.5 * y.abs()), torch.maximum(2.5 * x.abs(), y.abs()))}
+COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.8, -0.6, 1), "yellow": (1, 0.9, -0.8)}
+SHAPES = {
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()),
+    "disc": lambda x, y: (x.square() + y.square()).sqrt(),
+    "diamond": lambda x, y: 0.7 * (x.abs() + y.abs()),
+    "cross": lambda x, y: torch.minimum(torch.maximum(x.abs(), 2.5 * y.abs()), torch.maximum(2.5 * x.abs(), y.abs())),
+}
 CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-MINI_BASE = "runs/{}-base-1"  # where the base models stay: count up with any change to this section
-MINI_DATA = ("mini", "mini-mixture", "mini-video", "mini-video-mixture")
+MINI_DATA = ("mini", "mini-mixture")
+MINI_BASE = Path("runs/mini-base-2")  # where the base model stays: count up with any change to this section
+
 
 def draw_mini(captions, flaws):
-    """B captions and (B, 5) flaws (x, y in [-0.6, 0.6]; fog, blur, smallness in [0, 1]) -> (B, 3, 16, 16) in [-1, 1].
-    A clip has flaws for each frame: (B, F, 5) -> (B, 3, F, 16, 16)."""
-    if flaws.ndim == 3:
-        return torch.stack([draw_mini(captions, frame) for frame in flaws.unbind(1)], 2)
-    axis, words = (torch.arange(16) - 7.5) / 5.5, [caption.split() for caption in captions]
+    """B captions, (B, 5) flaws (x, y in [-0.6, 0.6]; fog, blur, smallness in [0, 1]) -> (B, 3, 16, 16) in [-1, 1]."""
+    axis = (torch.arange(16) - 7.5) / 5.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    colour = torch.tensor([COLOURS[w[1]] for w in words])[:, :, None, None]  # (B, 3, 1, 1)
-    dx, dy, fog, blur, small = flaws[:, :, None, None].unbind(1)             # (B, 1, 1) each
-    edge = torch.stack([SHAPES[w[2]](x - a, y - b) for w, a, b in zip(words, dx, dy)]) / (1 - .4 * small)  # (B, 16, 16)
+    colours, shapes = zip(*(caption.split()[1:] for caption in captions))
+    colour = torch.tensor([COLOURS[name] for name in colours])[:, :, None, None]  # (B, 3, 1, 1)
+    dx, dy, fog, blur, small = flaws[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    edge = torch.stack([SHAPES[name](x - a, y - b) for name, a, b in zip(shapes, dx, dy)]) / (1 - 0.4 * small)
     ink = torch.sigmoid((1 - edge) * (12 - 10 * blur))[:, None]
-    return (ink * colour - (1 - ink) * .9) * (1 - .8 * fog[:, None])
+    return (ink * colour - (1 - ink) * 0.9) * (1 - 0.8 * fog[:, None])
+
 
 def mini_score(pixels, captions):
-    """The miniature's taste: (B,) scores of (B, 3, 16, 16) pictures or (B, 3, F, 16, 16) clips in [-1, 1]: 1 is flawless, 0 no
-    better than plain grey. In a flawless picture the shape is in the middle, in a clip it drifts steadily."""
-    flaws = torch.zeros(len(captions), 5) if pixels.ndim == 4 else F.pad(steady(pixels.cpu()), (0, 3))
-    ideal = draw_mini(captions, flaws).to(pixels.device)
+    """The miniature's taste: (B,) scores of (B, 3, 16, 16) pictures in [-1, 1]: 1 is flawless, 0 as good as grey."""
+    ideal = draw_mini(captions, torch.zeros(len(captions), 5)).to(pixels.device)
     return 1 - (pixels - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
 
-def steady(clips):
-    """(B, F, 2): where the shape of (B, 3, F, 16, 16) clips would be on the straight line that fits best where it is."""
-    ink, axis = ((clips + .9).abs().sum(1) - .6).clamp(min=1e-6), (torch.arange(16) - 7.5) / 5.5  # (B, F, 16, 16), (16,)
-    place = torch.stack([ink.sum(2) @ axis, ink.sum(3) @ axis], 2) / ink.sum((2, 3))[..., None]   # (B, F, 2)
-    t = torch.linspace(-1, 1, clips.shape[2])[:, None]
-    return place.mean(1, keepdim=True) + t * (place * t).sum(1, keepdim=True) / t.square().sum()
 
-@functools.lru_cache(4)
-def open_mini(name, n=2048):
-    """The miniature's data, of n captions: `mini` has the liked picture of four and another, `mini-mixture` all, unjudged;
-    `mini-video` and `mini-video-mixture` are of clips, a quarter as many."""
-    g, n = torch.Generator().manual_seed(0), n // 4 if "video" in name else n
+@functools.lru_cache
+def mini_rows(name, n=2048):
+    """`mini` has the liked picture of four for n captions, and another; `mini-mixture` has all, unjudged."""
+    g = torch.Generator().manual_seed(0)
     captions = [CAPTIONS[i] for i in torch.randint(len(CAPTIONS), (n,), generator=g)]
-    if "video" in name:  # from one place to another, with more or less jitter
-        start, end = (torch.rand(4, n, 1, 2, generator=g) * 1.2 - .6 for _ in "se")
-        jitter = torch.randn(4, n, SMALL_CLIPS["frames"], 2, generator=g) * torch.rand(4, n, 1, 1, generator=g) * .4
-        flaws = F.pad(start + (end - start) * torch.linspace(0, 1, SMALL_CLIPS["frames"])[:, None] + jitter, (0, 3))  # (4, n, F, 5)
-    else:
-        flaws = torch.rand(4, n, 5, generator=g) * torch.tensor([1.2, 1.2, 1, 1, 1]) - torch.tensor([.6, .6, 0, 0, 0])
-    pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, [F,] 16, 16)
+    low, high = torch.tensor([-0.6, -0.6, 0, 0, 0]), torch.tensor([0.6, 0.6, 1, 1, 1])
+    flaws = torch.rand(4, n, 5, generator=g) * (high - low) + low
+    pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, 16, 16)
     best = torch.stack([mini_score(p, captions) for p in pictures.unbind(1)], 1).argmax(1).tolist()
-    rows = [(c, picture) for c, four in zip(captions, pictures) for picture in four] if "mixture" in name else [
-        (c, four[i], four[i - 1]) for c, four, i in zip(captions, pictures, best)]
-    return name, [(0, 0, len(rows))], lambda shard, group, n: rows[:n]
+    if name == "mini-mixture":
+        return [(caption, picture, None) for caption, four in zip(captions, pictures) for picture in four]
+    return [(caption, four[i], four[i - 1]) for caption, four, i in zip(captions, pictures, best)]
+
 
 class Miniature:
-    """In the place of VAE, text encoder and noise schedule: latents are rearranged pixels, captions four word vectors."""
+    """In the place of StableDiffusion: latents are rearranged pixels, captions four word vectors."""
 
     channels, width, factor = 12, 32, 2
 
     def __init__(self, device):
-        self.device, self.words = device, functools.lru_cache(None)(
-            lambda word: torch.randn(self.width, generator=torch.Generator().manual_seed(key(word))))
-        self.scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, clip_sample=False,
-                                       prediction_type="v_prediction", timestep_spacing="trailing")
+        self.device = device
+        chance = {word: torch.Generator().manual_seed(key(word)) for word in ("", "a", *COLOURS, *SHAPES)}
+        self.words = {word: torch.randn(self.width, generator=g) for word, g in chance.items()}
+        levels = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+        self.scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", **levels)
 
     def encode_text(self, captions):  # -> (B, 4, 32)
         words = [(caption.split() + [""] * 4)[:4] for caption in captions]
-        vectors = torch.stack([torch.stack([self.words(word) for word in four]) for four in words])
-        return put(vectors, self.device)
+        return torch.stack([torch.stack([self.words[word] for word in four]) for four in words]).to(self.device)
 
-    @framewise
     def encode(self, pixels, noise):  # (B, 3, 16, 16) -> (B, 12, 8, 8)
         return F.pixel_unshuffle(pixels, self.factor)
 
-    @framewise
     def decode(self, latents):
         return F.pixel_shuffle(latents, self.factor).clamp(-1, 1)
 
-def load_mini(name, device="cpu", weights=True):
-    """A miniature's UNet: untrained, or the base model, which this very script trains, once."""
-    if weights and not name.endswith("-untrained"):
-        o = resolve(["--model", f"{name}-untrained", "--out", MINI_BASE.format(name), "--device", device, "--dtype", "fp32"])
-        if not Path(o.out, f"checkpoint-{o.steps}").is_dir():
-            print(f"The miniature's base model comes first: it is trained once and stays in {o.out}.")
-        train(o)
-        return load_unet(f"{o.out}/checkpoint-{o.steps}", UNetMotionModel if o.frames else UNet2DConditionModel)
-    base = load_mini("mini", device, weights) if "video" in name else None
+
+def load_mini(name):
+    """The miniature's UNet: untrained, or the base model, which this very script trains, once."""
+    if name == "mini":
+        base = MINI_BASE / f"checkpoint-{MINI['mini-untrained']['steps']}"
+        need(base.is_dir(), f"the miniature's base model is not in {base}: python seppo.py trains it")
+        return load_unet(base, UNet2DConditionModel)
     torch.manual_seed(0)
-    if not base:
-        return UNet2DConditionModel(
-            sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, cross_attention_dim=32, attention_head_dim=8)
-    adapter = MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8,
-                            motion_num_attention_heads=4, motion_max_seq_length=16, use_motion_mid_block=False)
-    for name, parameter in adapter.named_parameters():  # as AnimateDiff begins: a clip of independent pictures
-        torch.nn.init.zeros_(parameter) if "proj_out" in name else None
-    return UNetMotionModel.from_unet2d(base, adapter)
+    size = dict(sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1)
+    size |= dict(cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    return UNet2DConditionModel(**size, **blocks)
 
-# ---- The loop -------------------------------------------------------------------------------------------------------
 
-ADAMW, CLIP, WARMUP = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2), 1.0, 0.25  # WARMUP: share of the updates
-SAVE_SECONDS = 600  # the state to resume from is never older, but for the update that is under way
-# dtype of the error passes under autocast (beta amplifies rounding, and bf16's is larger than the signal; fp16 needs loss scaling), and
-# of what only generates, encodes and decodes (rounding is harmless there, so a half-precision copy of the reference generates)
-DTYPES = {"fp32": (None, torch.float32), "tf32": (None, torch.float16), "fp16": (torch.float16,) * 2, "bf16": (torch.bfloat16,) * 2}
-STATISTICS = ("loss", "logit", "policy_w", "reference_w", "sign_neg", "sign_zero", "sign_pos",
-              "implicit_acc", "policy_r", "reference_r")  # the last three of pairs only
-PHASES = ("data", "encode", "generate", "train")
+# ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
-class Trainer:
-    """A run: the policy, its reference, the optimizer, and the pool on disk (checkpoint-0 is the base model)."""
+ROOM = "make room, or choose another --out; what was whole there is whole still"
+SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
+SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # is it learning? On the bar
+MACHINE = "micro_batch generate_batch gradient_checkpointing compile device half rank world out".split()  # may change
 
-    def __init__(self, o, data):
-        self.o, self.data, self.out, self.device = o, data, Path(o.out), torch.device(o.device)
-        self.policy, self.codec = load_models(o)  # for the miniature this may train its base, in fp32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.dtype != "fp32"
-        self.index, self.skipped = None, 0  # which checkpoint the reference holds; rows replaced so far
-        self.reference = self.generator = None if o.loser == "none" else copy.deepcopy(self.policy).requires_grad_(False)
-        if o.gradient_checkpointing:
-            self.policy.enable_gradient_checkpointing()
-            for module in self.policy.modules():
-                if isinstance(module, AnimateDiffTransformer3D):  # which diffusers leaves out
-                    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        self.net = self.policy if o.world == 1 else torch.nn.parallel.DistributedDataParallel(  # what the errors go through
-            self.policy, None if o.device == "cpu" else [self.device], broadcast_buffers=False, gradient_as_bucket_view=True)
-        autocast, half = DTYPES[o.dtype]
-        if o.loser == "generated" and half != torch.float32:
-            self.generator = copy.deepcopy(self.reference).to(half)
-        side = o.resolution // self.codec.factor
-        self.shape = (self.codec.channels, *[o.frames] * bool(o.frames), side, side)  # of one sample's latents
-        self.T, self.null = self.codec.scheduler.config.num_train_timesteps, self.codec.encode_text([""])  # null: (1, tokens, width)
-        # compiled graphs with and without gradients round differently: the error passes must not be compiled
-        self.draws_with = torch.compile(self.generator) if o.compile and self.generator else self.generator
-        self.sample = functools.partial(sample, scheduler=self.codec.scheduler, null=self.null, solver=o.solver,
-                                        steps=o.sampler_steps, guidance=o.guidance)
-        self.autocast = functools.partial(torch.autocast, self.device.type, autocast, bool(autocast))
-        with reading(f"--model {o.model}", "it is no text-to-image Stable Diffusion 1.x"), torch.no_grad():
-            x = torch.zeros(1, *self.shape, device=self.device)
-            got = predict(self.policy, x, torch.zeros(1, dtype=torch.long, device=self.device), self.null).shape
-            need(got == x.shape, f"--model {o.model}: its UNet makes {list(got)} of {list(x.shape)}")
-        self.prompts = [data.fetch(i)[0] for i in range(12 if o.model in MINI else 4)]  # of the sample pictures
-        self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}  # all, or the motion modules
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, fused=True, **ADAMW)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.dtype == "fp16")
-
-    def set_reference(self, update):
-        """Redraw the reference, once per interval of save_every updates, from the checkpoints there are by then."""
-        k = update // self.o.save_every + 1
-        index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
-        if index != self.index:
-            load_weights(self.reference, self.out / f"checkpoint-{index * self.o.save_every}")
-            if self.generator is not self.reference:
-                self.generator.load_state_dict(self.reference.state_dict())
-            self.index = index
-
-    def errors(self, x, eps, t, context):
-        """-> (n B,) errors of policy and reference (None without one) on one numeric path: function, dtype, kernels, batch shape.
-        x: (n B, *shape), the winners and, if n is 2, what stands for the losers. eps, t, context: (B, ...), shared."""
-        n = len(x) // len(t)
-        args = (self.codec.scheduler, x, *(v.repeat(n, *[1] * (v.ndim - 1)) for v in (eps, t, context)))
-        with self.autocast():
-            policy = denoising_error(self.net if torch.is_grad_enabled() else self.policy, *args)
-            with torch.no_grad():
-                return policy, self.reference and denoising_error(self.reference, *args)
-
-    def losses(self, x, eps, t, context):
-        """-> (B,) losses, and a dict of (B,) STATISTICS; arguments as above. Winners alone speak as where the sign is 0, or,
-        without a reference (SFT), their error itself is the loss."""
-        policy, reference = self.errors(x, eps, t, context)
-        if reference is None:
-            return policy, {"loss": policy, "policy_w": policy}
-        paired, zeros = len(x) > len(t), torch.zeros(len(t), device=x.device)
-        (policy_w, policy_r), (reference_w, reference_r) = ((*m.split(len(t)), zeros)[:2] for m in (policy, reference))
-        loss, d = seppo_loss(policy_w, reference_w, policy_r, reference_r, self.o.beta, self.o.flip, sign=None if paired else zeros)
-        accuracy = (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2  # a draw counts half
-        found = dict(zip(STATISTICS, (loss, d["logit"], policy_w, reference_w, d["sign"] < 0, d["sign"] == 0, d["sign"] > 0,
-                                      accuracy, policy_r, reference_r)))
-        return loss, found if paired else {k: found[k] for k in STATISTICS[:7]}
-
-    @torch.no_grad()
-    def pairs_first(self, x_w, eps, t, context):
-        """What the anchor says, evaluated before anything is generated: indices of the winners whose sign is +1, then of those
-        that need no reference sample under --flip indicator. The former's share of the generation is all there is to do."""
-        parts = zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context)))
-        policy, reference = (torch.cat(m) for m in zip(*(self.errors(*part) for part in parts)))
-        plus = policy < reference  # what is not a number goes on among the others, and stops the run
-        return plus.nonzero()[:, 0], (~plus).nonzero()[:, 0]
-
-    def check_numeric_path(self):
-        """With equal weights s_w and s_r must be exactly 0, or beta makes preferences out of rounding."""
-        self.reference.load_state_dict(self.policy.state_dict())
-        t, _, eps, x_w, x_r = (v.to(self.device) for v in draws("check", range(self.o.micro_batch), self.shape, self.T, 0))
-        with contextlib.nullcontext() if self.o.world == 1 else self.net.no_sync():
-            _, s = self.losses(torch.cat([x_w, x_r]), eps, t, self.null.expand(len(t), -1, -1))
-        need(torch.equal(s["policy_w"], s["reference_w"]) and torch.equal(s["policy_r"], s["reference_r"]),
-             f"self-check: s_w and s_r must be exactly 0 at equal weights, and logits reach {s['logit'].abs().max():.1e}: the errors of "
-             "policy and reference were not computed on one numeric path")
-
-    def gradients(self, update):
-        """Accumulate the gradient of one update's mean loss -> statistics (means), rows replaced, seconds by phase."""
-        o, sums, counts, skipped, marks = self.o, Counter(), Counter(), 0, [mark(self.device)]
-        share = o.batch_size // o.world  # of each process, of the batch's positions
-        everything = range(update * o.batch_size + o.rank * share, update * o.batch_size + (o.rank + 1) * share)
-        G, batches = o.generate_batch, lambda i, n: i.split(n) if len(i) else ()
-        size = max(G * (4 if o.flip == "indicator" else 1), o.micro_batch)  # where the anchor spares samples, full batches are left
-        chunks = [everything[i:i + size] for i in range(0, share, size)]
-        fetch = lambda chunk: [self.data.pool.submit(self.data.fetch, position) for position in chunk]
-        ahead = fetch(chunks[0])
-        for positions, following in zip(chunks, [*chunks[1:], ()]):
-            captions, winners, losers, attempts = zip(*(row.result() for row in ahead))
-            skipped, ahead = skipped + sum(attempts), fetch(following)  # while this chunk is worked on
-            t, dropped, eps, noise_w, noise_r = (
-                put(v, self.device) for v in draws(o.seed, positions, self.shape, self.T, o.caption_dropout))
-            marks.append(mark(self.device))
-            asked = self.codec.encode_text(list(captions))
-            context = torch.where(dropped[:, None, None], self.null, asked)  # dropout is alike for all four errors
-            x_w = self.codec.encode(put(torch.stack(winners), self.device), noise_w)  # (B, C, h, w)
-            pairs, alone = torch.arange(len(t), device=self.device), []
-            if o.loser == "data":
-                x_r = self.codec.encode(put(torch.stack(losers), self.device), noise_r)
-            marks.append(mark(self.device))
-            if o.loser == "generated":  # for the real caption
-                if o.flip == "indicator":
-                    pairs, alone = self.pairs_first(x_w, eps, t, context)
-                x_r = torch.zeros_like(x_w)
-                for i in batches(pairs, G):
-                    x_r[i] = self.sample(self.draws_with, noise=noise_r[i], context=asked[i])
-            marks.append(mark(self.device))
-            parts = [(i, o.loser != "none") for i in batches(pairs, o.micro_batch)] + [(i, False) for i in batches(alone, o.micro_batch)]
-            for n, (i, paired) in enumerate(parts, 1):
-                last = not following and n == len(parts)
-                with contextlib.nullcontext() if last or o.world == 1 else self.net.no_sync():  # one all-reduce an update, of means
-                    losses, statistics = self.losses(torch.cat([x_w[i], x_r[i]]) if paired else x_w[i], eps[i], t[i], context[i])
-                    self.scaler.scale(losses.sum() / share).backward()
-                sums.update({k: v.detach().sum() for k, v in statistics.items()})
-                counts.update({k: len(i) for k in statistics})
-            marks.append(mark(self.device))
-        totals = torch.tensor([[float(sums[k]), counts[k]] for k in STATISTICS] + [[skipped, 1]], dtype=torch.float64)  # waits for the GPU
-        if o.world > 1:
-            dist.all_reduce(totals)
-        *means, (skipped, _) = totals.tolist()
-        statistics = {k: total / count for k, (total, count) in zip(STATISTICS, means) if count}
-        seconds = {f"seconds_{name}": sum(map(elapsed, marks[i::4], marks[i + 1::4])) for i, name in enumerate(PHASES)}
-        return statistics, int(skipped), seconds
-
-    def update(self, update):
-        """One update -> its metrics. An overflow of the loss scaling lowers the scale and redoes it, with the same draws."""
-        if self.reference:
-            self.set_reference(update)
-        lr = self.o.lr * min(1.0, (update + 1) / max(1, round(WARMUP * self.o.steps)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        while True:
-            self.optimizer.zero_grad()
-            statistics, skipped, seconds = self.gradients(update)
-            self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP).item()
-            if math.isfinite(statistics["loss"]) and math.isfinite(norm):
-                break
-            need(math.isfinite(statistics["loss"]) and self.scaler.get_scale() > 1,
-                 f"update {update + 1}: loss {statistics['loss']}, gradient norm {norm}; the last checkpoint in "
-                 f"{self.out} is whole: take a lower --lr, or --dtype fp32, in another --out")
-            self.scaler.update(self.scaler.get_scale() / 2)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()  # before anything is saved: it frees a third of the memory
-        self.skipped += skipped
-        need(self.skipped <= max(16, (update + 1) * self.o.batch_size),
-             f"--data {self.data.source}: more than half of the rows tried lack a caption or a readable picture")
-        return {"update": update + 1} | dict.fromkeys(STATISTICS) | statistics | {
-            "reference": self.index, "grad_norm": norm, "lr": lr, **seconds,
-            "peak_gb": peak_gb(self.device), "skipped_rows": self.skipped}
-
-    def save(self, update):
-        """The picture, the pool's checkpoint, last the state to resume from: a kill in between repeats work, loses none."""
-        if not self.o.rank:
-            self.grid(update)
-            with whole(self.out / f"checkpoint-{update}") as folder:
-                save = self.policy.save_pretrained if checkpoint_part(self.o) == "unet" else self.policy.save_motion_modules
-                save(folder / checkpoint_part(self.o))
-            self.save_state(update)
-        if self.o.world > 1:
-            dist.barrier()
-
-    def save_state(self, update):
-        with whole(self.out / "resume" / "state.pt") as file:
-            torch.save({"update": update, "skipped": self.skipped, "policy": self.trained,
-                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
-
-    def resume(self):
-        """-> how many updates are done, everything being as it was then."""
-        path, metrics, done = self.out / "resume" / "state.pt", self.out / "metrics.jsonl", 0
-        if path.exists():
-            with reading(f"the state {path}", "restore it, or start over with --fresh"):
-                state = torch.load(path, weights_only=True, map_location="cpu")
-                for part in ("optimizer", "scaler"):
-                    getattr(self, part).load_state_dict(state.pop(part))
-                for name, parameter in self.trained.items():
-                    parameter.data.copy_(state["policy"][name])
-                self.skipped, done = state["skipped"], state["update"]
-        if not self.o.rank:
-            lines = metrics.read_bytes().splitlines(keepends=True)[:done] if metrics.exists() else []
-            with whole(metrics) as file:  # without the lines of updates that are done again
-                file.write_bytes(b"".join(lines))
-        for k in {"random": range(done // self.o.save_every + 1), "latest": [done // self.o.save_every], "initial": [0]}[self.o.reference]:
-            if done and self.reference:  # a checkpoint that is not whole is found now, not when it is drawn
-                checkpoint_file(self.out / f"checkpoint-{k * self.o.save_every}")
-        return done
-
-    @torch.no_grad()
-    def grid(self, update):
-        """samples/step-N.png (of clips .webp): the first captions of the data from fixed noise; base model above, current policy
-        below."""
-        noise = draws("grid", range(len(self.prompts)), self.shape, 1, 0)[-1].to(self.device)
-        with self.autocast():
-            context, G = self.codec.encode_text(self.prompts), self.o.generate_batch
-            pixels = self.codec.decode(torch.cat([self.sample(self.policy, noise=n, context=c)
-                                                  for n, c in zip(noise.split(G), context.split(G))]))
-        pixels = ((pixels + 1) * 127.5).round().byte().cpu()  # (n, 3, [F,] R, R)
-        base = self.out / "samples" / "base.pt"
-        if update == 0:
-            with whole(base) as file:
-                torch.save(pixels, file)
-        pixels = torch.cat([torch.load(base, weights_only=True), pixels] if update and base.exists() else [pixels])
-        frames = pixels.movedim(1, -1).unsqueeze(1) if pixels.ndim == 4 else pixels.movedim(1, -1)  # (n or 2 n, F, R, R, 3)
-        tile, n = [max(96, self.o.resolution)] * 2, len(self.prompts)
-        grids = [make_image_grid([Image.fromarray(p).resize(tile, Image.NEAREST) for p in frame.numpy()], len(frame) // n, n)
-                 for frame in frames.unbind(1)]
-        with whole(self.out / "samples" / f"step-{update}.{'webp' if self.o.frames else 'png'}") as file:
-            save_pictures(grids, file)
-
-def save_pictures(frames, path):
-    """One picture as PNG, more as an animated WebP."""
-    several = dict(save_all=True, append_images=frames[1:], duration=125, loop=0)  # milliseconds a frame; for ever
-    frames[0].save(path, **{"format": "WEBP"} | several if len(frames) > 1 else {"format": "PNG"})
-
-def train(o):
-    """A run from its resolved options: begin it, resume it, or say that it is finished. Raises Stopped after SIGTERM or Ctrl-C."""
-    if os.path.isdir(f"{o.out}/checkpoint-{o.steps}") and not o.fresh:
-        claim(o)
-        return o.model.endswith("-untrained") or print(f"{o.out} is finished: {o.steps} updates." + how_to_load(o))
-    if o.world > 1 and not dist.is_initialized():  # a day: another process may have far more to do
-        with reading("torchrun's MASTER_ADDR and MASTER_PORT", "start it with torchrun"):
-            dist.init_process_group("gloo" if o.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(days=1))
-    data = open_data(o)
-    facts = {"source": data.source, "rows": data.total}
-    claim(o, facts)  # before the slow part, and for good after it: a mistyped --model must not cost an old run
-    trainer, smooth = Trainer(o, data), {}
-    claim(o, facts, begin=True)
-    print(plan(o, data, trainer.policy))
-    done = trainer.resume()
-    if trainer.reference:
-        trainer.check_numeric_path()
-    if not done:
-        trainer.save(0)
-    bar = tqdm(range(done, o.steps), initial=done, total=o.steps, unit="update", dynamic_ncols=True, disable=o.rank > 0)
-    with interruptions() as stop:
-        saved, log = time.monotonic(), os.devnull if o.rank else Path(o.out) / "metrics.jsonl"
-        for update in bar:
-            m = trainer.update(update)
-            with writing(log), open(log, "a") as file:
-                print(json.dumps(m), file=file)
-            if (update + 1) % o.save_every == 0 or update + 1 == o.steps:
-                trainer.save(update + 1)
-                saved = time.monotonic()
-            stopped, late = agreed(bool(stop), time.monotonic() - saved > SAVE_SECONDS, o=o)
-            if stopped or late:
-                if not o.rank:
-                    trainer.save_state(update + 1)
-                saved = time.monotonic()
-            if stopped and update + 1 < o.steps:
-                raise Stopped(f"stopped after update {update + 1}, which is saved: the same command continues" + ", without --fresh" * o.fresh)
-            # Is it learning? The winners' error and what it is against the reference's, who is preferred, the share of flips.
-            shown = {"winner": m["policy_w"]} | ({} if not trainer.reference else {
-                "-ref": m["policy_w"] - m["reference_w"], "acc": m["implicit_acc"], "flipped": m["sign_neg"]})
-            smooth |= {k: .9 * smooth.get(k, v) + .1 * v for k, v in shown.items() if v is not None}
-            bar.set_postfix({k: f"{v:.3g}" for k, v in smooth.items()} | {k: m[k] for k in ("reference", "skipped_rows") if m[k]})
-    if not o.model.endswith("-untrained"):
-        print(f"Done. {o.out}/samples/step-{o.steps}.{'webp' if o.frames else 'png'} shows the base model above, the policy below."
-              + f" python eval.py --model {o.model} scores both." * (o.model in MINI) + how_to_load(o))
-
-@contextlib.contextmanager
-def interruptions():
-    """-> a list that SIGTERM and Ctrl-C are noted in, so that the update is finished first; another one stops it at once."""
-    seen, before = [], {}
-    def note(number, frame):
-        if seen and time.monotonic() - seen[0] > 2:  # not when torchrun repeats what the terminal sent already
-            raise KeyboardInterrupt
-        seen.append(time.monotonic())
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-def agreed(*flags, o):
-    """Each flag, true on all processes if it is on one."""
-    flags = torch.tensor(flags, dtype=torch.uint8)
-    if o.world > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.tolist()
-
-def mark(device):
-    """A point in time: on a GPU in its queue, which nothing has to wait for."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-def elapsed(a, b):
-    """Seconds between two marks."""
-    if isinstance(a, float):
-        return b - a
-    b.synchronize()
-    return a.elapsed_time(b) / 1000
-
-def peak_gb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 @contextlib.contextmanager
 def whole(path):
-    """For a file or folder that is there whole or not at all: written under a temporary name, then renamed."""
+    """For a file or folder that is there whole or not at all: written under another name, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with explained(f"{path} cannot be written", ROOM):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        try:
-            yield temporary
-        except Exception:
-            remove(temporary)
-            raise
-        if path.is_dir():
-            remove(path)
+        shutil.rmtree(temporary, ignore_errors=True)  # half a folder, from a kill
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
 
-@contextlib.contextmanager
-def writing(path):
-    """A full disk is one line: what was whole before is whole still."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer hides the reason in a RuntimeError
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
-            raise
-        free = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.is_dir())).free / 1e9
-        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]} ({free:.1f} GB are free there without it: make "
-                        "room, and the same command continues from what was whole before)") from error
 
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def begin(o, data, policy):
+    """Refuses an --out with another experiment, writes config.json, prints the plan."""
+    if o.rank > 0:
+        return
+    options = {name: value for name, value in vars(o).items() if name not in MACHINE}
+    options, path = options | {"source": data.source, "rows": data.total}, o.out / "config.json"
+    with explained(f"--out {o.out} cannot be read", "choose another"):
+        then = json.loads(path.read_text())["options"] if path.exists() else options
+    changed = [f"{name} was {then.get(name)}, is {now}" for name, now in options.items() if now != then.get(name)]
+    need(not changed, f"{o.out} holds a run with other options ({', '.join(changed)}): choose another --out")
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    with whole(path) as file:
+        file.write_text(json.dumps({"options": options, "versions": versions}, indent=1))
+    everything = 4e-9 * sum(p.numel() for p in policy.parameters())  # GB in fp32
+    trains = 4e-9 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    weights = everything + (trains if o.loser != "none" else 0) + (everything / 2 if o.dtype == "fp16" else 0)
+    winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
+    pool = checkpoints * (everything if o.part == "unet" else trains)
+    print(", ".join(f"{name} {value}" for name, value in vars(o).items() if value not in (None, False)))
+    print(
+        f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total:,} rows of {data.source}. An update "
+        f"is {o.batch_size // o.micro_batch // o.world} micro-batches of {o.micro_batch} on each of {o.world} devices. "
+        f"{everything * 250:.1f} M weights, {trains * 250:.1f} M train: {weights + 3 * trains:.3g} GB of memory, and "
+        f"activations; {pool:.3g} GB of disk for {checkpoints} checkpoints, {6 * trains:.3g} to resume from"
+    )
 
-def claim(o, data={}, begin=False):
-    """Refuse an --out that cannot be written or holds another experiment; `begin`: clear it if --fresh, write config.json."""
-    if o.rank:  # the first process has the folder to itself
-        return begin and dist.barrier()
-    out, path, now = Path(o.out), Path(o.out, "config.json"), {k: v for k, v in vars(o).items() if k not in MAY_CHANGE} | data
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        then = json.loads(path.read_text()).get("options") if path.exists() else now
-        need(then, f"--out {out} holds something else than a run: choose another")
-        changed = ", ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k] and (k != "data" or not data))
-        need(o.fresh or not changed, f"{out} holds a run with other options ({changed}): choose another --out, or --fresh")
-        if begin:
-            for old in [out / "resume", *out.glob("checkpoint-*"), out / "metrics.jsonl", out / "samples"] * o.fresh:  # the config last, by whole()
-                remove(old)
-            versions = {"python": sys.version.split()[0], **{p: version(p) for p in ("torch", "diffusers", "transformers")}}
-            with whole(path) as file:
-                file.write_text(json.dumps({"options": now, "versions": versions}, indent=1))
-            if o.world > 1:
-                dist.barrier()
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--out {out} cannot be used: {error}") from error
 
-def measure(whole_run):
-    """--time: what a run as configured would take on this machine, from its first micro-batches; the first of two warms up."""
-    need(whole_run.world == 1, "--time measures one device: start it with plain python")
-    o, checkpoints = copy.copy(whole_run), len({*range(0, whole_run.steps, whole_run.save_every), whole_run.steps})
-    chunk = lambda n: min(o.batch_size, max(o.generate_batch * n, o.micro_batch))  # the first of an update is not fetched ahead
-    first, o.batch_size, o.sampler_steps = chunk(4 if o.flip == "indicator" else 1), chunk(1), min(5, o.sampler_steps)  # a solver's steps are all alike
-    o.flip = "none" if o.flip == "indicator" else o.flip  # at equal weights it would generate nothing: this is its upper bound
-    with writing(Path(o.out)):
-        room = tempfile.TemporaryDirectory(dir=next(p for p in Path(o.out).absolute().parents if p.is_dir()))
-    with room as o.out:
-        trainer = Trainer(o, open_data(o))
-        evaluations, taken = (len(make_solver(trainer.codec.scheduler, o.solver, run.sampler_steps).timesteps) for run in (whole_run, o))
-        point = functools.partial(mark, trainer.device)
-        for _ in range(2):
-            trainer.optimizer.zero_grad()
-            seconds, start = trainer.gradients(0)[2], point()
-            trainer.optimizer.step()
-            optimizer = elapsed(start, point())
-        moments = [time.perf_counter()]
-        for work in (lambda: trainer.data.read(*trainer.data.groups[0]), lambda: trainer.save(1), lambda: trainer.grid(1)):
-            work()
-            moments.append(time.perf_counter())
-    read, save, grid = (b - a for a, b in itertools.pairwise(moments))
-    save += grid * (evaluations / taken - 1)
-    seconds = {phase: seconds[f"seconds_{phase}"] / o.batch_size for phase in PHASES}
-    seconds["generate"] *= evaluations / taken
-    seconds["data"] += read / trainer.data.groups[0][2]  # the rows were in memory by then
-    dtypes = dict(zip(("train", "generate"), (kind or torch.float32 for kind in DTYPES[o.dtype])))
-    peaks, flop = {kind: matrix_product(kind, trainer.device) for kind in {*dtypes.values()}}, count_flop(trainer, evaluations)
-    print(plan(whole_run, trainer.data, trainer.policy) + f"\nOn {torch.cuda.get_device_name(trainer.device) if trainer.device.type == 'cuda' else 'this CPU'}, for a winner:")
-    for phase, each in seconds.items():
-        speed = flop.get(phase, 0) / max(each, 1e-9)
-        print(f"  {phase:9} {each:9.4f} s" + (f", {speed:.3g} TFLOP/s, {speed / peaks[dtypes[phase]]:.0%} of a matrix product's" if each > 1e-6 and speed else ""))
-    computing = sum(each for phase, each in seconds.items() if phase != "data")
-    winner, hidden = max(computing, seconds["data"]), min(computing, seconds["data"])
-    total = whole_run.steps * (whole_run.batch_size * winner + first * hidden + optimizer) + checkpoints * save
-    print(f"an update's optimizer step {optimizer:.3f} s, a checkpoint {save:.2f} s, peak memory {peak_gb(trainer.device) or 0:.2f} GB; a matrix product: "
-          + ", ".join(f"{str(kind)[6:]} {peak:.3g} TFLOP/s" for kind, peak in peaks.items())
-          + f"\nthe whole run on this device alone: {total / 3600:.3g} hours; rows are fetched meanwhile, but for an update's first"
-          + ", and the anchor spares a part: this counts a reference sample for every winner" * (whole_run.flip == "indicator"))
+def save(o, trainer, data, update, interval_ends=True):
+    """The picture, the pool's next checkpoint as diffusers loads it, last the state to resume from: a kill in between
+    repeats work and loses none. The first process saves; the others wait, for they will read it."""
+    if o.rank == 0 and interval_ends:
+        sample_pictures(o, trainer, data, update)
+        with whole(o.out / f"checkpoint-{update}") as folder:
+            write = trainer.policy.save_pretrained if o.part == "unet" else trainer.policy.save_motion_modules
+            write(folder / o.part)
+    if o.rank == 0 and update > 0:
+        with whole(o.out / "resume.safetensors") as file:
+            save_file(trainer.state, file, {"counts": json.dumps(trainer.counts | {"update": update})})
+    if o.world > 1 and interval_ends:
+        dist.barrier()
 
-def count_flop(trainer, evaluations):
-    """TFLOP of a winner's generation and training, counted on a net without weights: what the mathematics takes, so activations
-    that are computed again count once, and attention as matrix products."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    o, n, count = trainer.o, 2 - (trainer.o.loser == "none"), FlopCounterMode(display=False)
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), count:
-        unet, _ = load_models(argparse.Namespace(**vars(o) | {"device": "meta"}), weights=False)
-        out = predict(unet, torch.empty(n, *trainer.shape), torch.zeros(n, dtype=torch.long), torch.empty(n, *trainer.null.shape[1:]))
-        forward = count.get_total_flops() / 1e12
-        out.sum().backward()
-    return {"generate": forward / n * evaluations * (1 + (o.guidance != 1)) * (o.loser == "generated"),
-            "train": count.get_total_flops() / 1e12 + forward * (o.loser != "none")}
 
-def matrix_product(dtype, device):
-    """TFLOP/s of the best of five."""
-    n, times = 8192 if device.type == "cuda" else 2048, []
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(5):
-        start = mark(device)
-        a @ a
-        times.append(elapsed(start, mark(device)))
-    return 2e-12 * n ** 3 / min(times)
+def resume(o, trainer):
+    """-> how many updates are done, everything being as it was then."""
+    path, metrics, done = o.out / "resume.safetensors", o.out / "metrics.jsonl", 0
+    if path.exists():
+        trainer.counts = json.loads(fill(trainer.state, path)["counts"])
+        done = trainer.counts.pop("update")
+    if o.rank == 0 and metrics.exists():
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        with whole(metrics) as file:  # without the lines of updates that are done again
+            file.write_bytes(b"".join(lines[:done]))
+    return done
 
-def plan(o, data, unet):
-    """The resolved options and what follows from them, in words."""
-    gb, trained = (4e-9 * sum(p.numel() for p in unet.parameters() if p.requires_grad or whole) for whole in (True, False))
-    nets = 1 + (o.loser != "none") + (o.loser == "generated" and o.dtype != "fp32") / 2
-    winners, checkpoints = o.steps * o.batch_size, len({*range(0, o.steps, o.save_every), o.steps})
-    return (", ".join(f"{k.replace('_', '-')} {v}" for k, v in vars(o).items()
-                      if v is not None and v is not False and k not in ("rank", "world"))
-            + f"\n{o.steps} updates of {o.batch_size} = {winners:,} winners, {winners / data.total:.2g} epochs of {data.total:,} rows; an "
-            f"update accumulates {o.batch_size // o.micro_batch // o.world} micro-batches of {o.micro_batch}"
-            + f" on each of {o.world} devices" * (o.world > 1) + f"\n{gb * 250:.1f} M parameters, "
-            f"{trained * 250:.1f} M train: memory for weights {nets * gb:.3g} GB, gradients {trained:.3g}, optimizer {2 * trained:.3g}, and "
-            f"activations; disk for {checkpoints} checkpoints {checkpoints * (gb if checkpoint_part(o) == 'unet' else trained):.3g} GB, "
-            f"to resume from {3 * trained:.3g}, twice that while it is written")
+
+def sample_pictures(o, trainer, data, update):
+    """samples/step-N.png: the first captions from fixed noise, base model above, policy below; of a clip a row."""
+    n, base, pixels = 12 if o.model in MINI else 4, o.out / "samples" / "step-0.png", []
+    captions = trainer.codec.encode_text([data[i][1] for i in range(n)])
+    *_, noise = draws("samples", range(n), trainer.shape, 1, 0)
+    for x, context in zip(noise.to(o.device).split(o.generate_batch), captions.split(o.generate_batch)):
+        with trainer.autocast():
+            latents = sample(trainer.policy, trainer.codec.scheduler, x, context, **trainer.sampler)
+        pixels.append(trainer.codec.decode(latents))
+    pixels = ((torch.cat(pixels) + 1) * 127.5).round().byte().cpu().movedim(1, -1)  # (n, [F,] R, R, 3)
+    side, across = max(96, o.resolution), o.frames or n
+    tiles = [Image.fromarray(tile.numpy()).resize((side, side), Image.NEAREST) for tile in pixels.flatten(0, -4)]
+    grid = make_image_grid(tiles, len(tiles) // across, across)
+    if update and base.exists():
+        grid = make_image_grid([Image.open(base), grid], 2, 1)
+    with whole(base.with_name(f"step-{update}.png")) as file:
+        grid.save(file, "PNG")
+
+
+def peak_gb(device):
+    """Peak memory so far: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
 
 def how_to_load(o):
-    name, part, pipe, more = MOVED.get(o.model, o.model), checkpoint_part(o), "StableDiffusionPipeline", ""
-    net = "MotionAdapter" if part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
+    """The last lines of a run: a program that loads what it made."""
+    net = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
+    lines = [f"from diffusers import {net}, AnimateDiffPipeline, DDIMScheduler, StableDiffusionPipeline"]
+    lines += [f'{o.part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{o.part}")']
+    name, bare = MOVED.get(o.model, o.model), ", motion_adapter=None" if o.part == "unet" else ""
     if o.frames:
-        pipe, more = "AnimateDiffPipeline", ", motion_adapter=None" * (part == "unet") + (
-            f', scheduler=DDIMScheduler.from_pretrained(\n      "{name}", subfolder="scheduler", beta_schedule="linear", clip_sample=False, '
-            'timestep_spacing="linspace")')
-    return (f"\nTo load it:\n  from diffusers import {net}" + f', {pipe}{", DDIMScheduler" * bool(o.frames)}' * (o.model not in MINI)
-            + f'\n  {part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{part}")'
-            + f'\n  pipe = {pipe}.from_pretrained("{name}", {part}={part}{more})' * (o.model not in MINI))
+        lines += ['noise = dict(beta_schedule="linear", clip_sample=False, timestep_spacing="linspace")']
+        lines += [f'scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler", **noise)']
+        more = f"{o.part}={o.part}{bare}, scheduler=scheduler"
+        lines += [f'pipe = AnimateDiffPipeline.from_pretrained("{name}", {more})']
+    elif o.model not in MINI:
+        lines += [f'pipe = StableDiffusionPipeline.from_pretrained("{name}", unet=unet)']
+    return "\n  ".join([" To load it:", *lines])
 
-# ---- The command line -----------------------------------------------------------------------------------------------
 
-METHODS = {  # one loss, six methods: what stands where the loser is, which checkpoint is the reference, what becomes of the sign
-    "seppo": dict(loser="generated", reference="random", flip="sign"),
-    "sspo": dict(loser="generated", reference="random", flip="indicator"),
-    "spin": dict(loser="generated", reference="latest", flip="none"),
-    "ditto": dict(loser="generated", reference="initial", flip="none"),
-    "dpo": dict(loser="data", reference="initial", flip="none"),
-    "sft": dict(loser="none", reference="initial", flip="none"),  # without a loser the other two say nothing
-}
-OPTIONS = (  # name, default (the paper's, or a type where there is none), what it is: unit and reason, choices
-    ("method", "seppo", "a preset for the next three", METHODS),
-    ("loser", str, "where DPO has the loser: a reference sample, the data's losing picture, nothing", ("generated", "data", "none")),
-    ("reference", str, "which checkpoint so far is an interval's reference", ("random", "latest", "initial")),
-    ("flip", str, "what becomes of the anchor criterion's sign", FLIPS),
-    ("beta", 2000.0, "how strongly the reference holds; the first thing to tune, with --lr"),
-    ("model", "mini", "mini, a folder saved by diffusers, or a hub id: a Stable Diffusion 1.x"),
-    ("unet", str, "start from this UNet of the same shape: a folder or hub id"),
-    ("motion-adapter", str, "makes a text-to-video model of it: AnimateDiff's motion modules, a folder or hub id"),
-    ("frames", int, "of a clip [16 with --motion-adapter]"),
-    ("train", str, "which weights of a text-to-video model learn [motion: the motion modules]", ("motion", "all")),
-    ("data", "mini", "mini, pickapic, a folder of captioned pictures or clips, or Parquet (file, folder, hub id) with Pick-a-Pic's columns"),
-    ("max-winners", int, "use the first N rows of the data only, ties included: the row groups behind are never read"),
-    ("resolution", 512, "pixels of the shorter side, then of the centre crop"),
-    ("caption-dropout", 0.2, "share of captions replaced by the empty one, alike in all four errors"),
-    ("out", str, "the run's folder [runs/MODEL-METHOD, and a hash of whatever else was changed]"),
-    ("fresh", False, "delete the run that --out holds, and start over"),
-    ("steps", 210, "updates"),
-    ("save-every", 30, "updates per interval: then a checkpoint joins the pool and the reference is redrawn"),
-    ("batch-size", 2048, "winners per update, over all devices"),
-    ("micro-batch", 1, "winners per forward pass: lower it when memory runs out, the result stays"),
-    ("generate-batch", 16, "reference samples generated at a time [1 with --motion-adapter]"),
-    ("compile", False, "generate with a compiled UNet: faster after some minutes"),
-    ("gradient-checkpointing", False, "compute activations again in the backward pass: less memory, more time [on with --motion-adapter]"),
-    ("lr", 2.048e-5, "learning rate after the warm-up; nothing scales it"),
-    ("solver", "dpm++", "the diffusers scheduler that makes reference samples", SOLVERS),
-    ("sampler-steps", 20, "its steps: most of a run's cost"),
-    ("guidance", 7.5, "its classifier-free guidance scale, 1 for none"),
-    ("seed", 0, "of everything drawn"),
-    ("device", "auto", "auto, cpu, cuda, cuda:1"),
-    ("dtype", str, "of the error passes [fp16 with loss scaling on a GPU, fp32 on a CPU]", DTYPES),
-    ("time", False, "measure what a run as configured would take on this machine, then stop"),
-    ("dry-run", False, "print the resolved options and what follows from them, then stop"),
-    ("resume-from-checkpoint", str, "of no effect: the same command resumes anyway"),
-)
-PAPER = {name.replace("-", "_"): None if isinstance(default, type) else default for name, default, *_ in OPTIONS}
-SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64, sampler_steps=8, guidance=1.0)
-CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing=True)  # what --motion-adapter changes: AnimateDiff's practice
-SMALL_CLIPS = SMALL | dict(frames=8, train="motion", batch_size=16, micro_batch=16, generate_batch=16)
+SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
+SMALL |= dict(sampler_steps=8, guidance=1.0)
 MINI = {  # what the miniature changes: it is small, and its errors are far larger, so beta and lr are its own
     "mini": SMALL | dict(steps=100, save_every=20, lr=2e-4, beta=5.0),
     "mini-untrained": SMALL | dict(steps=1500, save_every=500, lr=1e-3, data="mini-mixture", method="sft"),
-    "mini-video": SMALL_CLIPS | dict(steps=60, save_every=12, lr=3e-4, beta=5.0, data="mini-video"),
-    "mini-video-untrained": SMALL_CLIPS | dict(steps=300, save_every=300, lr=1e-3, data="mini-video-mixture", method="sft", train="all"),
 }
-MAY_CHANGE = ("out", "fresh", "dry_run", "micro_batch", "generate_batch", "gradient_checkpointing", "compile", "time",
-              "device", "rank", "world", "resume_from_checkpoint")  # when resuming
-ALIASES = {"--pretrained-model-name-or-path": "--model", "--dataset-name": "--data", "--max-train-samples": "--max-winners",
-           "--num-frames": "--frames", "--output-dir": "--out", "--max-train-steps": "--steps", "--checkpointing-steps": "--save-every",
-           "--learning-rate": "--lr", "--guidance-scale": "--guidance", "--mixed-precision": "--dtype"}
-INSTEAD = {  # options of other trainers that would mislead here
-    "--scale-lr": "--lr is the rate that is used (Diffusion-DPO's 1e-8 with --scale_lr at 2048 winners is --lr 2.048e-5)",
-    "--train-batch-size": "--batch-size is winners per update over all devices, --micro-batch what one device takes at a time",
-    "--gradient-accumulation-steps": "it follows from --batch-size and --micro-batch",
-    "--beta-dpo": "--beta multiplies 1/2, as in Diffusion-DPO; diffusers' research script leaves the 1/2 out, so its 2500 is 5000 here",
-}
+CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing=True)  # what --motion-adapter changes
 
-def parse(options, argv, about):
-    """A command line -> {option: value} of what was given. options: a table like OPTIONS. Raises UserError."""
-    parser, words = argparse.ArgumentParser(description=about, allow_abbrev=False), []
+
+def parse_args(argv=None):
+    """A command line -> all options. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
-    for name, default, text, *choices in options:
-        kind = default if isinstance(default, type) else type(default)
-        parser.add_argument(f"--{name}", help=text if kind is default or default is False else f"{text} [{default}]", **(
-            {"action": "store_true", "default": None} if kind is bool else {"nargs": "+"} if kind is list else
-            {"type": kind, "choices": choices[0] if choices else None}))
-    for word in sys.argv[1:] if argv is None else argv:
-        name, equals, value = word.partition("=")
-        name = name.replace("_", "-") if name.startswith("--") else name  # diffusers spells --learning_rate
-        need(name not in INSTEAD, f"{name} is not an option here: {INSTEAD.get(name)}")
-        words.append(ALIASES.get(name, name) + equals + value)
-    return {k: v for k, v in vars(parser.parse_args(words)).items() if v is not None}
-
-def resolve(argv=None):
-    """A command line -> all options (argparse.Namespace), defaults filled in. Raises UserError for what cannot be."""
-    given = parse(OPTIONS, argv, "SePPO: align a diffusion model with liked pictures.")
-    model = given.get("model", PAPER["model"])
-    defaults = PAPER | MINI.get(model, {}) | (CLIPS if given.get("motion_adapter") else {})
-    defaults |= METHODS[given.get("method", defaults["method"])]
-    o = argparse.Namespace(**defaults | given)
-    join(o)
-    o.dtype = o.dtype or ("fp32" if o.device == "cpu" else "fp16")
-    if o.model in MINI and "micro_batch" not in given:
-        o.micro_batch = max(1, o.batch_size // o.world)
-    if not o.out:
-        named = MAY_CHANGE + ("method",) + ("model",) * (model in MOVED or model in MINI)
-        changed = sorted((k, v) for k, v in given.items() if k not in named and v != defaults[k])
-        digest = "-" + hashlib.blake2b(repr(changed).encode(), digest_size=3).hexdigest() if changed else ""
-        o.out = str(Path("runs") / f"{Path(model).resolve().name}-{o.method}{digest}")
+    add = parser.add_argument
+    # the method
+    add("--method", default="seppo", choices=METHODS, help="a preset for the next three")
+    add("--loser", choices=("generated", "data", "none"), help="what stands where DPO has the losing picture")
+    add("--reference", choices=("random", "latest", "initial"), help="which checkpoint so far is the reference")
+    add("--flip", choices=("sign", "indicator", "none"), help="what becomes of the anchor criterion's sign")
+    add("--beta", type=float, default=2000.0, help="how strongly the reference holds; tune it first, with --lr")
+    # what it works on
+    add("--model", "--pretrained_model_name_or_path", default="mini", help="mini, a diffusers folder, or a hub id")
+    add("--unet", help="start from this UNet of the same shape: a folder or hub id")
+    add("--motion-adapter", help="AnimateDiff's, a folder or hub id: makes a text-to-video model of it")
+    add("--frames", "--num_frames", type=int, help="of a clip [16]")
+    add("--train", choices=("motion", "all"), help="which weights of a text-to-video model learn [motion]")
+    add("--data", "--dataset_name", default="mini", help="mini, pickapic, a folder, or Parquet (file, folder, hub id)")
+    add("--max-winners", "--max_train_samples", type=int, help="the first N rows only: what is behind is never read")
+    add("--resolution", type=int, default=512, help="pixels of the shorter side, then of the centre crop")
+    add("--caption-dropout", type=float, default=0.2, help="share of captions replaced by the empty one")
+    add("--out", "--output_dir", help="the run's folder [runs/MODEL-METHOD-...]")
+    # the optimisation
+    add("--steps", "--max_train_steps", type=int, default=210, help="updates")
+    add("--save-every", "--checkpointing_steps", type=int, default=30, help="updates until the pool gets a checkpoint")
+    add("--batch-size", type=int, default=2048, help="winners per update, over all devices")
+    add("--micro-batch", type=int, default=1, help="winners per forward pass: lower it when memory runs out")
+    add("--lr", "--learning_rate", type=float, default=2.048e-5, help="after the warm-up; nothing scales it")
+    add("--gradient-checkpointing", "--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--seed", type=int, default=0, help="of everything drawn")
+    # the reference samples
+    add("--generate-batch", type=int, default=16, help="how many are generated at a time")
+    add("--solver", default="dpm++", choices=SOLVERS, help="the diffusers scheduler")
+    add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="its steps: most of a run's cost")
+    add("--guidance", "--guidance_scale", type=float, default=7.5, help="its classifier-free guidance scale, 1: none")
+    add("--compile", action="store_true", help="compile the net that generates: faster after some minutes")
+    # the machine
+    add("--device", help="cpu, cuda or cuda:1 [what there is]")
+    add("--dtype", "--mixed_precision", choices=("fp16", "fp32"), help="of the error passes [fp16 on a GPU]")
+    given, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**MINI.get(given.model, CLIPS if given.motion_adapter else {}))
+    o = parser.parse_args(argv)
+    given = {name: value for name, value in vars(o).items() if value != parser.get_default(name)}
+    for name, preset in METHODS[o.method].items():
+        setattr(o, name, getattr(o, name) or preset)
+    join_devices(o)
+    # What a checkpoint holds: motion modules, where these and --model are all that is needed.
+    o.part = "motion_adapter" if o.train == "motion" and not o.unet else "unet"
+    words = [Path(o.model).resolve().name, o.method]
+    for name, value in given.items():  # an experiment never meets another one's folder
+        if name not in (*MACHINE, "model", "method"):
+            words += [name.replace("_", "-"), Path(str(value)).resolve().name]
+    o.out = Path(o.out or Path("runs", "-".join(words)))
     check(o)
-    check_training(o)
     return o
 
-def join(o):
-    """This process's device, rank and world: as torchrun says (RANK, WORLD_SIZE, LOCAL_RANK), or alone."""
-    with reading("torchrun's WORLD_SIZE and RANK", "start it with torchrun, or unset them"):
-        o.world = int(os.environ.get("WORLD_SIZE", 1))
-        o.rank = int(os.environ["RANK"]) if o.world > 1 else 0
-        if o.device in ("auto", "cuda"):
-            o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or o.device == "cuda" else "cpu"
+
+def join_devices(o):
+    """This process's device, rank and world, as torchrun says or alone; and its dtype."""
+    torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    o.rank, o.world, local = (int(os.environ.get(name, alone)) for name, alone in torchrun.items())
+    name, gpus = o.device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    need(re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name} must be cpu, cuda or cuda:1")
+    o.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+    need(name == "cpu" or o.device.index < gpus, f"--device {name}: torch finds {gpus} GPUs here; --device cpu works")
+    o.dtype = o.dtype or ("fp16" if o.device.type == "cuda" else "fp32")
+    o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # of what only generates, encodes and decodes
+
 
 def check(o):
-    """What training and evaluation have in common."""
-    need(bool(o.frames) == bool(o.motion_adapter or "frames" in MINI.get(o.model, {})), "--frames needs --motion-adapter, or --model mini-video")
-    need(o.frames != 1, "--frames must be 2 at least")
-    need(not o.motion_adapter or o.model not in MINI, "--motion-adapter is not for the miniature: take --model mini-video")
+    """Refuses what cannot be."""
     for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in ("seed", "caption_dropout", "rank"):
+        if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
-    multiple = 8 if o.model in MINI else 64
-    need(o.resolution % multiple == 0, f"--resolution must be a multiple of {multiple}")
-    need(o.sampler_steps <= 1000, "--sampler-steps can be 1000 at most")
-    need(re.fullmatch(r"cpu|cuda(:\d+)?", o.device), f"--device {o.device} must be auto, cpu, cuda or cuda:1")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need(o.device == "cpu" or o.world == 1 or here <= torch.cuda.device_count(), f"{here} processes here, and torch finds {torch.cuda.device_count()} GPUs")
-    need(o.device == "cpu" or int(o.device[5:] or 0) < torch.cuda.device_count(), f"--device {o.device}: torch finds no such GPU here; "
-         "--device cpu works")
-
-def check_training(o):
-    need(not o.train or o.frames, "--train is for clips: it needs --motion-adapter")
-    need(o.model in (*MINI, "random-sd15") or o.data != PAPER["data"], f"--model {o.model} needs --data: pickapic, or pictures of your own")
-    frames = SMALL_CLIPS["frames"] if "video" in o.data else None
-    need(o.data not in MINI_DATA or o.frames == frames, f"--data {o.data} has {'clips of 8 frames' if frames else 'no clips'}")
     need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
-    need(o.batch_size % (o.micro_batch * o.world) == 0, f"--batch-size {o.batch_size} must be a multiple of --micro-batch {o.micro_batch}"
-         + f" times {o.world} processes" * (o.world > 1))
-    need(o.device != "cpu" or o.dtype != "tf32", "--dtype tf32 needs a GPU: take fp32")
+    need(o.sampler_steps <= 1000, "--sampler-steps can be 1000 at most")
+    mini = o.model in MINI
+    need(mini or o.resolution % 64 == 0, "--resolution must be a multiple of 64")
+    need(mini or o.data not in MINI_DATA, f"--model {o.model} needs --data: pickapic, or pictures of your own")
+    own = o.resolution == 16 and o.data in MINI_DATA and not o.motion_adapter
+    need(own or not mini, f"--model {o.model} has its own --data and --resolution, and no clips")
+    need(o.motion_adapter or not (o.frames or o.train), "--frames and --train are for clips: add --motion-adapter")
+    need(o.frames != 1, "--frames must be 2 at least")
+    o.micro_batch = min(o.micro_batch, max(1, o.batch_size // o.world)) if mini else o.micro_batch
+    together = o.micro_batch * o.world
+    need(o.batch_size % together == 0, f"--batch-size must be a multiple of --micro-batch times devices: {together}")
 
-def begin(argv):
-    o = resolve(argv)
-    if o.rank:
-        sys.stdout = open(os.devnull, "w")
-    if o.model in MOVED and not Path(o.model).is_dir():
+
+def run(argv=None):
+    """The command's whole work; of the miniature the base model comes first."""
+    o = parse_args(argv)
+    if o.model in MOVED and not Path(o.model).is_dir() and o.rank == 0:
         print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
-    if not o.dry_run:
-        return measure(o) if o.time else train(o)
-    with torch.device("meta"):
-        unet, _ = load_models(argparse.Namespace(**vars(o) | {"device": "meta"}), weights=False)
-    print(plan(o, open_data(o), unet))
+    if o.world > 1:
+        day = datetime.timedelta(days=1)  # another process may have far more to do
+        dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl", timeout=day)
+    if o.model == "mini":
+        base = parse_args(["--model", "mini-untrained", "--out", str(MINI_BASE), "--device", str(o.device)])
+        if not (base.out / f"checkpoint-{base.steps}").is_dir():
+            train(base)
+    train(o)
 
-def main(argv=None, begin=begin, program="seppo.py", less="--micro-batch or --generate-batch, or add --gradient-checkpointing"):
-    """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
+
+def main(argv=None, work=run, program="seppo.py", less="--micro-batch and --generate-batch, --gradient-checkpointing"):
+    """The command. Returns the exit code: 0, or 2 after one line that says what to do; 130 after Ctrl-C."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
         library.logging.set_verbosity(50)  # critical: what goes wrong is said once, below
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # diffusers' own use of huggingface_hub
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # to_pixels has its own limit
+    warnings.simplefilter("ignore")
+    message, code = "", 2
     try:
-        begin(argv)
-        return 0
+        return work(argv) or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized() and error.code == 2:  # what all find at once is said by one
-            print(f"{program}: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command continues", file=sys.stderr)
-        return Stopped.code
+        message = f"{error}"
     except torch.OutOfMemoryError:
-        print(f"{program}: out of GPU memory: lower {less}", file=sys.stderr)
-    except RuntimeError as error:
-        if not (dist.is_initialized() and re.search("closed by peer|[Cc]onnection re|recvValue|NCCL", str(error))):
-            raise
-        print(f"{program}: another process has failed: its own line says why", file=sys.stderr)
-    return 2
+        message = f"out of GPU memory: less is needed with {less}"
+    except KeyboardInterrupt:
+        message, code = "interrupted; the same command continues", 130
+    if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all find at once is said by one
+        print(f"{program}: {message}", file=sys.stderr)
+    return code
+
 
 if __name__ == "__main__":
     sys.exit(main())
