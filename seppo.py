@@ -873,8 +873,8 @@ def begin(o, data, policy):
     print(", ".join(f"{name} {value}" for name, value in vars(o).items() if value not in (None, False)))
     micro_batches = f"{o.batch_size // o.micro_batch // o.world} micro-batches of {o.micro_batch}"
     print(
-        f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total:,} rows of {data.source}; an update "
-        f"is {micro_batches} on each of {o.world} devices. {everything * 250:.1f} M weights, {trains * 250:.1f} M train: "
+        f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}. An update is "
+        f"{micro_batches} on each of {o.world} devices. {everything * 250:.1f} M weights, {trains * 250:.1f} M train: "
         f"{weights + 3 * trains:.3g} GB of memory, and activations; {pool:.3g} GB of disk for {checkpoints} "
         f"checkpoints, {6 * trains:.3g} to resume from"
     )
