@@ -217,7 +217,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
         self.state = dict(self.trained)  # all that a resumed run needs, by name
         for name, p in self.trained.items():  # moments now, so that a card that is too small says so at once
-            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
             moments["step"] = torch.zeros((), device=p.device)
             self.optimizer.state[p] = moments
             self.state |= {f"{name} {moment}": tensor for moment, tensor in moments.items()}
@@ -955,7 +955,8 @@ def peak_gb(device):
 def how_to_load(o):
     """The last lines of a run: a program that loads what it made."""
     net = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
-    lines = [f"from diffusers import {net}, AnimateDiffPipeline, DDIMScheduler, StableDiffusionPipeline"]
+    pipes = "AnimateDiffPipeline, DDIMScheduler" if o.frames else "StableDiffusionPipeline"
+    lines = [f"from diffusers import {net}, {pipes}"]
     lines += [f'{o.part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{o.part}")']
     name, bare = MOVED.get(o.model, o.model), ", motion_adapter=None" if o.part == "unet" else ""
     if o.frames:

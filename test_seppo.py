@@ -930,7 +930,7 @@ def test_miniature(monkeypatch, capsys):
         monkeypatch.setitem(seppo.MINI, name, seppo.MINI[name] | dict(steps=steps, save_every=steps // 2))
     assert seppo.main(["--device", "cpu"]) == 0 and seppo.main(["--device", "cpu", "--method", "sft"]) == 0
     said = capsys.readouterr()
-    assert said.out.count("mini-untrained") == 1 and "1,920/1" not in said.err
+    assert said.out.count("mini-untrained") == 1
     base = weights(seppo.MINI_BASE / "checkpoint-30" / "unet")
     assert same(base, weights("runs/mini-seppo/checkpoint-0/unet")) and Path("runs/mini-sft").is_dir()
     assert metrics(seppo.MINI_BASE)[-1]["loss"] < 0.8 * metrics(seppo.MINI_BASE)[0]["loss"], "it learns"
