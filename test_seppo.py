@@ -350,8 +350,7 @@ def test_pixels_and_captions(pipeline):
 # ---- The command on a tiny Stable Diffusion -------------------------------------------------------------------------
 
 LOGGED = """update loss logit policy_w reference_w policy_r reference_r sign_pos sign_neg sign_zero implicit_acc
-    reference
-    grad_norm lr seconds winners_per_second peak_gb skipped_rows skipped_updates""".split()
+    reference grad_norm lr seconds winners_per_second peak_gb skipped_rows skipped_updates""".split()
 
 
 def test_command_end_to_end(pipeline, tmp_path, capsys):
@@ -403,9 +402,8 @@ def cut_out(*names):
 CUT = "seppo_loss choose_reference predict denoising_error batch_loss SOLVERS sample".split()
 
 
-RUNS = """--method seppo --solver ddim --guidance 1; --method seppo --reference latest --beta 300; --method sft;
-    --method sspo --beta 300 --generate-batch 1; --method spin --guidance 3; --method dpo --caption-dropout 0.6;
-    --method ditto --model v"""
+RUNS = """--solver ddim --guidance 1; --reference latest --beta 300; --method sspo --beta 300 --generate-batch 1;
+    --method spin --guidance 3; --method dpo --caption-dropout 0.6; --method sft; --method ditto --model v"""
 
 
 @pytest.mark.parametrize("argv", [part.strip() for part in RUNS.split(";")])
@@ -468,18 +466,21 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
             assert line[name] == wanted, f"{name}, update {u}"
 
 
-def test_schedule_clipping_and_intervals(pipeline, pairs):
+def test_schedule_clipping_and_intervals(pipeline, pairs, monkeypatch):
     """Linear warm-up over a quarter; an interval has one reference; a clipped step has norm 1."""
     chances = [torch.Generator().manual_seed(seppo.key(3, "reference", k)) for k in (1, 2, 3)]
     drawn = [seppo.choose_reference(k, "random", chance) for k, chance in zip((1, 2, 3), chances)]
     assert run(pipeline, pairs, "--steps", 8, "--save-every", 3, "--seed", 3) == 0
-    lines = metrics()
-    assert [line["reference"] for line in lines] == [drawn[u // 3] for u in range(8)]
-    assert [line["lr"] for line in lines] == pytest.approx([0.5e-3] + [1e-3] * 7)
-    assert run(pipeline, pairs, "--beta", 1e5, "--steps", 1, "--out", "steep") == 0
-    moments = load_file("steep/resume.safetensors")
-    clipped = math.sqrt(sum(v.square().sum() for name, v in moments.items() if name.endswith("exp_avg")))
+    assert [line["reference"] for line in metrics()] == [drawn[u // 3] for u in range(8)]
+    assert [line["lr"] for line in metrics()] == pytest.approx([0.5e-3] + [1e-3] * 7)
+    stopped_after(1, monkeypatch)
+    assert run(pipeline, pairs, "--beta", 1e5, "--steps", 8, "--save-every", 1, "--out", "steep") == 130
+    base, first = weights(pipeline / "unet"), weights("steep/checkpoint-1/unet")
+    moments = [v for name, v in load_file("steep/resume.safetensors").items() if name.endswith("exp_avg")]
+    clipped = math.sqrt(sum(v.square().sum() for v in moments))
     assert metrics("steep")[0]["grad_norm"] > 10 and clipped == pytest.approx(0.1, rel=1e-3), "0.1 of a norm of 1"
+    longest = max((first[name] - base[name]).abs().max().item() for name in base)
+    assert longest == pytest.approx(0.5e-3, rel=0.05), "Adam's first step is the learning rate, warmed up"
 
 
 @pytest.mark.parametrize("method", ["seppo", pytest.param("sspo", marks=slow, id="slow-sspo")])
@@ -509,17 +510,16 @@ def test_what_saves_memory_or_time_does_not_change_an_update(pipeline, pairs, mo
 
 def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypatch):
     data, sizes, sample = write_parquet(tmp_path / "p.parquet", pickapic_rows(16)), [], seppo.sample
-    record = lambda net, scheduler, noise, *args, **options: (
-        sizes.append(len(noise)) or sample(net, scheduler, noise, *args, **options)
-    )
-    monkeypatch.setattr(seppo, "sample", record)
-    argv = ["--method", "sspo", "--batch-size", 16, "--generate-batch", 5, "--steps", 3]
+    contexts, error = [], seppo.denoising_error
+    monkeypatch.setattr(seppo, "denoising_error", lambda *args: contexts.append(args[-1]) or error(*args))
+    monkeypatch.setattr(seppo, "sample", lambda *args, **o: sizes.append(len(args[2])) or sample(*args, **o))
+    argv = ["--method", "sspo", "--batch-size", 16, "--generate-batch", 5, "--steps", 3, "--caption-dropout", 1]
     assert run(pipeline, data, *argv) == 0
-    lines = metrics()
-    of_pictures = 3 * [4]  # the sample pictures, at 0, 2 and 3
+    lines, of_pictures = metrics(), 3 * [4]  # the sample pictures, at 0, 2 and 3
     assert sum(sizes) == sum(of_pictures) + round(16 * sum(line["sign_pos"] for line in lines)) and max(sizes) == 5
     assert lines[0]["sign_zero"] == 1 and lines[0]["policy_r"] is None, "at first the reference is the policy"
     assert all(line["sign_neg"] == 0 and line["sign_pos"] + line["sign_zero"] == 1 for line in lines)
+    assert all(torch.equal(row, contexts[0][0]) for context in contexts for row in context), "captions are dropped"
 
 
 def test_half_precision(pipeline, pairs, monkeypatch):
