@@ -513,10 +513,10 @@ def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypat
     contexts, error = [], seppo.denoising_error
     monkeypatch.setattr(seppo, "denoising_error", lambda *args: contexts.append(args[-1]) or error(*args))
     monkeypatch.setattr(seppo, "sample", lambda *args, **o: sizes.append(len(args[2])) or sample(*args, **o))
-    argv = ["--method", "sspo", "--batch-size", 16, "--generate-batch", 5, "--steps", 3, "--caption-dropout", 1]
-    assert run(pipeline, data, *argv) == 0
-    lines, of_pictures = metrics(), 3 * [4]  # the sample pictures, at 0, 2 and 3
-    assert sum(sizes) == sum(of_pictures) + round(16 * sum(line["sign_pos"] for line in lines)) and max(sizes) == 5
+    argv = "--method sspo --batch-size 16 --generate-batch 5 --steps 4 --save-every 4 --caption-dropout 1 --lr 0.03"
+    assert run(pipeline, data, *argv.split()) == 0
+    lines, pairs = metrics(), round(16 * sum(line["sign_pos"] for line in metrics()))
+    assert pairs < 48 and sum(sizes) == pairs + 2 * 4 and max(sizes) == 5, "and the sample pictures, twice"
     assert lines[0]["sign_zero"] == 1 and lines[0]["policy_r"] is None, "at first the reference is the policy"
     assert all(line["sign_neg"] == 0 and line["sign_pos"] + line["sign_zero"] == 1 for line in lines)
     assert all(torch.equal(row, contexts[0][0]) for context in contexts for row in context), "captions are dropped"
