@@ -53,23 +53,23 @@ from tqdm import tqdm
 #
 #     s_w  = m(x^w; theta) - m(x^w; ref)                 winner, policy minus reference
 #     s_r  = m(x^r; theta) - m(x^r; ref)                 reference sample, policy minus reference
-#     sign = sgn(-s_w)                                   the anchor criterion (x^w is the anchor); no gradient
-#     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      beta/2 holds T w(lambda_t), as in Diffusion-DPO's code
+#     sign = sgn(-s_w)                                   the anchor criterion, at this (t, eps); no gradient
+#     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      beta/2: the paper's beta T w(lambda_t), as a constant
 #
 # +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the
-# reference is the better model here, so its sample counts as a second winner. 0: equal (as whenever the reference has
-# just been saved): only the winner speaks.
+# reference is the better model here, so its sample counts as a second winner. 0: equal (as long as the policy still
+# is its reference): only the winner speaks. "Inferred" means below: the paper does not say.
 
 
 def seppo_loss(policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
-    """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per sample.
+    """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per pair.
 
-    policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0 of winner and reference sample under
-    policy and reference, all four computed on one numeric path, in fp32: beta multiplies their rounding.
+    policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
+    (reference_w: the reference's, of x^w); all on one numeric path, in fp32: beta multiplies their rounding.
     flip: what becomes of the sign. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation
     1(x > 0), where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion.
-    sign: (B,) in {-1, 0, 1}, where it was decided beforehand (Trainer.anchor_sign); None: decided here.
-    Returns the (B,) losses (the log-sigmoid is taken per sample: average afterwards) and a dict of detached (B,)
+    sign: (B,), where it was decided beforehand (Trainer.anchor_sign); None: decided here. `flip` is applied to both.
+    Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
     tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`. Raises ValueError for another flip.
     """
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
@@ -98,13 +98,13 @@ def choose_reference(k, rule, generator=None):
     return k - 1 if rule == "latest" else 0
 
 
-METHODS = {  # one loss, six methods: what stands where DPO has the loser, which checkpoint is the reference, the sign
+METHODS = {  # one loss, six methods: where x^r comes from, which checkpoint is the reference, the sign's use
     "seppo": dict(loser="generated", reference="random", flip="sign"),
-    "sspo": dict(loser="generated", reference="random", flip="indicator"),  # the paper's second version (inferred)
+    "sspo": dict(loser="generated", reference="random", flip="indicator"),  # the paper's version 2 (inferred)
     "spin": dict(loser="generated", reference="latest", flip="none"),
     "ditto": dict(loser="generated", reference="initial", flip="none"),
     "dpo": dict(loser="data", reference="initial", flip="none"),
-    "sft": dict(loser="none", reference="initial", flip="none"),  # without a loser the other two say nothing
+    "sft": dict(loser="none", reference="initial", flip="none"),  # without x^r the other two do not matter
 }
 
 
@@ -129,7 +129,7 @@ def denoising_error(unet, scheduler, x_0, eps, t, context):
 def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sign=None, beta=2000.0, flip="sign"):
     """From latents to the loss: the sum of B pairs' losses, to be differentiated, and {statistic: (B,) values}.
 
-    x_w, x_r: (B, C, h, w) latents of winners and reference samples. eps, t, context: (B, ...), shared, as above.
+    x_w, x_r: (B, C, h, w) latents of winners and reference samples (dpo: losers). eps, t, context: as above, shared.
     reference None: SFT, whose loss is the winner's error itself.
     sign: (B,), where it was decided beforehand. Where it is 0, x_r holds x_w as a stand-in, so that batches keep their
     shape; it is left out of the loss and of what is counted over pairs.
@@ -168,8 +168,8 @@ SOLVERS = {  # all deterministic, and none clips latents as if they were pixels
 def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, guidance=7.5):
     """(B, C, h, w) or (B, C, F, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1: none).
 
-    context: (B, tokens, width) captions; empty: (1, tokens, width). scheduler: the training scheduler, whose noise
-    levels and kind of prediction the solver (a key of SOLVERS) takes over.
+    context: (B, tokens, width) captions; empty: (1, tokens, width), the encoded "". scheduler: the training scheduler,
+    whose noise levels and kind of prediction the solver (a key of SOLVERS) takes over.
     """
     kind, settings = SOLVERS[solver]
     stepper = kind.from_config(scheduler.config, **settings)
@@ -177,7 +177,7 @@ def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, gui
     guided, dtype, x = guidance != 1, next(unet.parameters()).dtype, noise * stepper.init_noise_sigma
     if guided:
         context = torch.cat([empty.expand_as(context), context])  # both halves in one call
-    for t, t_there in zip(stepper.timesteps, stepper.timesteps.to(x.device)):  # its tables stay on the CPU: no waiting
+    for t, t_there in zip(stepper.timesteps, stepper.timesteps.to(x.device)):  # it looks t up on the CPU: no waiting
         x_in = stepper.scale_model_input(torch.cat([x, x]) if guided else x, t)
         out = predict(unet, x_in.to(dtype), t_there, context.to(dtype))
         if guided:
@@ -190,20 +190,20 @@ def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, gui
 # ---- 3. One update (the paper's algorithm, its inner loop) ----------------------------------------------------------
 # Losses are summed, and divided at the step: so micro-batches, chunks and devices are shares that add up.
 
-WARMUP, MAX_NORM = 0.25, 1.0  # share of the updates (inferred); of the gradient
+WARMUP, MAX_NORM = 0.25, 1.0  # the learning rate's, as a share of all updates (inferred); the gradient's
 ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # statistics: means
 OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # means over those winners that have a reference sample
 
 
 class Trainer:
-    """Policy, reference, and what one update does with them; on each device, for its share of the batch. codec: the
-    rest of the model: VAE, text encoder, noise levels."""
+    """Policy, reference, and one update of them, on each device for its share of the batch. o: the options. codec: the
+    rest of the model: VAE, text encoder, noise levels. Updates count from 0; metrics.jsonl counts them from 1."""
 
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
         self.reference, self.reference_index, self.half_copy = None, None, None
-        if o.loser != "none":  # deepcopy takes what is in its memo for copied: what does not train is shared
+        if o.loser != "none":  # a copy, but what does not train is shared: deepcopy keeps what its memo holds
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
         if o.loser == "generated" and o.dtype == "fp16":  # rounding is harmless where a net only generates
@@ -211,11 +211,11 @@ class Trainer:
         # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
         net = self.half_copy or self.reference
         self.sampling_net = torch.compile(net) if o.compile else net
-        if o.gradient_checkpointing:  # after the copies: it exchanges methods
+        if o.gradient_checkpointing:  # after the copies, which would keep methods of this net
             enable_checkpointing(policy)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
-        self.state = dict(self.trained)  # all that a resumed run needs, by name
+        self.state = dict(self.trained)  # beside self.progress all that a resumed run needs, by name
         for name, p in self.trained.items():  # moments now, so that a card that is too small says so at once
             moments = {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
             moments["step"] = torch.zeros((), device=p.device)
@@ -227,7 +227,7 @@ class Trainer:
         self.sampler_options = dict(empty=self.empty, solver=o.solver, steps=o.sampler_steps, guidance=o.guidance)
         # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid; times
         # this it is 8 * error * sigmoid, in the middle of fp16's range whatever beta and N are. Weights are fp32.
-        self.scale = 1.0
+        self.scale = 1.0  # the largest; progress has the present one
         if o.dtype == "fp16":
             self.scale = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
         self.progress = {"scale": self.scale, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
@@ -235,7 +235,7 @@ class Trainer:
         self.sums, self.overflow = Counter(), False  # of the update under way: {statistic: sum}; Counter.update adds
 
     def set_reference(self, update):
-        """Reference selection: once an interval (inferred), from the pool {0 .. k-1} of the checkpoints so far."""
+        """Reference selection, once in save_every updates (inferred), from the k checkpoints so far."""
         k = update // self.o.save_every + 1
         index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
         if index != self.reference_index:
@@ -247,10 +247,10 @@ class Trainer:
             self.reference_index = index
 
     @torch.no_grad()
-    def anchor_sign(self, *batch):
-        """x_w, eps, t, context, (B, ...) each -> (B,) the sign under --flip indicator, 1 or 0: it needs no x^r."""
+    def anchor_sign(self, x_w, eps, t, context):
+        """(B,) the sign under --flip indicator, before any x^r is made: 1 (it loses) or 0 (it is not needed)."""
         signs = []
-        for micro in zip(*(v.split(self.o.micro_batch) for v in batch)):
+        for micro in zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context))):
             with self.autocast():
                 policy_w = denoising_error(self.policy, self.codec.scheduler, *micro)
                 reference_w = denoising_error(self.reference, self.codec.scheduler, *micro)
@@ -273,7 +273,7 @@ class Trainer:
         if self.overflow:
             return
         drawn = draws(o.seed, positions, self.shape, codec.scheduler.config.num_train_timesteps, o.caption_dropout)
-        t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in drawn)  # (B,) two, (B, C, h, w) three
+        t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in drawn)  # noises: the VAE's, or x^r's start
         captions = codec.encode_text(texts)  # (B, tokens, width)
         context = torch.where(dropped[:, None, None], self.empty, captions)  # dropout: alike in all four errors
         x_w = codec.encode(torch.stack(winners).to(o.device), noise_w)  # (B, C, h, w)
@@ -281,7 +281,7 @@ class Trainer:
         if o.loser == "data":
             batch["x_r"] = codec.encode(torch.stack(losers).to(o.device), noise_r)
         elif o.loser == "generated":
-            wanted = torch.ones_like(t)
+            wanted = torch.ones_like(t)  # 1: make an x^r
             if o.flip == "indicator":
                 wanted = batch["sign"] = self.anchor_sign(x_w, eps, t, context)
             batch["x_r"] = self.reference_samples(noise_r, captions, wanted, instead=x_w)  # for the real captions
@@ -319,7 +319,7 @@ class Trainer:
             self.optimizer.step()
             progress["in_a_row"] = 0
             progress["scale"] = min(self.scale, 1.1 * progress["scale"])
-        else:  # nothing is learned, and logged as nulls; in fp16 the next batches are scaled less
+        else:  # no step, and nulls in the log; in fp16 the next updates are scaled less
             progress["in_a_row"] += 1
             progress["skipped_updates"] += 1
             progress["scale"] /= 16 if o.dtype == "fp16" else 1
@@ -350,7 +350,7 @@ def train(o):
     share = o.batch_size // o.world  # of each device, of every update
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
     if o.flip == "indicator":
-        chunk *= 4  # the anchor spares about half of the samples: so the generator's batches are full
+        chunk *= 4  # only some need an x^r, about half: four chunks' worth fills the generator's batches
     positions = (u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share))
     rows, saved = fetch_ahead(data, positions, ahead=2 * chunk), time.monotonic()
     begun, total, log = done * o.batch_size, o.steps * o.batch_size, o.out / "metrics.jsonl"
