@@ -459,7 +459,7 @@ def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=t
 
 
 def find_unets(o):
-    """--unet -> {name: folder or hub id}, the base (None) first. Of a run it is the last checkpoint."""
+    """--unet -> {name: folder or hub id}, the base (None) first."""
     found = {"base": None}
     for spec in o.unet or ([last_run(o.model)] if o.model in seppo.MINI else []):
         with explained(f"--unet {spec} cannot be read", "it takes NAME=WHERE or WHERE"):
@@ -467,13 +467,12 @@ def find_unets(o):
             if not equals or Path(spec).exists():
                 name, where = "", spec
             need(where, f"--unet {spec} does not say where: NAME=WHERE")
-            steps = [int(p.name[11:]) for p in Path(where).glob("checkpoint-*") if p.name[11:].isdigit()]
             words = [word for word in Path(where).resolve().parts if word != "unet"]
         if not name:
             name = "-".join(words[-2:] if words[-1].startswith("checkpoint-") else words[-1:])
         fits = re.fullmatch(r"\w[\w.+-]*", name) and name not in found
         need(fits, f"--unet {spec} needs a name of its own: NAME={where}")
-        found[name] = str(Path(where, f"checkpoint-{max(steps)}")) if steps else where
+        found[name] = where
     return found
 
 
@@ -495,7 +494,7 @@ def load_checked(name, where, base):
         return base
     spec, advice = f"--unet {name}={where}", "it takes a run, a checkpoint, a UNet as diffusers saves it, or a hub id"
     with explained(f"{spec} cannot be read", advice):
-        unet = seppo.load_unet(where, type(base), *[MotionAdapter] * isinstance(base, UNetMotionModel))
+        unet = seppo.load_unet(where, type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel))
         if isinstance(unet, MotionAdapter):
             adapter, unet = unet, copy.deepcopy(base)
             unet.load_motion_modules(adapter)
@@ -672,11 +671,16 @@ def parse_args(argv=None):
     add(
         "--model",
         "--pretrained_model_name_or_path",
+        type=seppo.spelled,
         default="mini",
         help="the base: mini, a diffusers folder, a hub id",
     )
     add("--unet", nargs="+", help="NAME=WHERE or WHERE: runs (the last checkpoint), checkpoints, UNets, hub ids")
-    add("--motion-adapter", help="makes a text-to-video model of it; --unet then takes motion adapters too")
+    add(
+        "--motion-adapter",
+        type=seppo.spelled,
+        help="makes a text-to-video model of it; --unet then takes motion adapters too",
+    )
     add("--frames", "--num_frames", type=int, help="of a clip [16]")
     # how it is judged
     add("--prompts", default="pickapic", help=f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list")
@@ -740,8 +744,6 @@ def run(argv=None):
     with explained(f"--out {o.out} cannot be written", "choose another"):
         (o.out / "pictures").mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.allow_tf32 = False  # which convolutions would use on a GPU where fp32 is meant
-    if o.model in seppo.MOVED and not Path(o.model).is_dir():
-        print(f"{o.model} is gone from the hub: this takes its copy {seppo.MOVED[o.model]}")
     prompts = read_prompts(o.prompts)[: o.max_prompts]
     known = o.model not in seppo.MINI or {*prompts} <= {*seppo.CAPTIONS}
     need(known, f"--prompts {o.prompts}: the miniature knows its own captions only")

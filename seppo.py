@@ -1,8 +1,8 @@
 """SePPO: Semi-Policy Preference Optimization (Zhang et al., arXiv 2410.05255), in one file.
 
-Align a diffusion model with what people like, from liked pictures alone: no losing pictures, no reward model. Earlier
-checkpoints of the run are its references. A reference generates the sample that stands where DPO has the loser, and an
-anchor criterion decides, sample by sample, whether to push away from it or to learn from it too.
+Align a diffusion model with what people like, from liked pictures alone: no losing pictures, no reward model. An
+earlier checkpoint of the run, the reference, generates the sample that stands where DPO has the loser; an anchor
+criterion decides, sample by sample, whether to push away from it or to learn from it too.
 
     python seppo.py                                                            # a miniature: two CPU cores, minutes
     python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
@@ -41,8 +41,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from PIL import Image, ImageOps
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNetMotionModel
+from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -63,15 +63,13 @@ from tqdm import tqdm
 
 def seppo_loss(policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per pair.
-
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
     (reference_w: the reference's, of x^w); all on one numeric path, in fp32: beta multiplies their rounding.
     flip: what becomes of the sign. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation
-    1(x > 0), where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion.
+    1(x > 0), where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError.
     sign: (B,), where it was decided beforehand (Trainer.anchor_sign); None: decided here. `flip` is applied to both.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
-    tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`. Raises ValueError for another flip.
-    """
+    tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`."""
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
     sign = torch.sign(-s_w).detach() if sign is None else sign
     if flip == "indicator":
@@ -86,11 +84,9 @@ def seppo_loss(policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="
 
 
 def choose_reference(k, rule, generator=None):
-    """Which of the k checkpoints so far, 0 (the base model) .. k-1, is the reference.
-
+    """Which of the k checkpoints so far, 0 (the base model) .. k-1, is the reference: an int.
     rule: `random` is uniform (SePPO) and draws from `generator` (a torch.Generator), `latest` is k-1 (SPIN-Diffusion),
-    `initial` is 0 (Diffusion-DPO). Returns an int. Raises ValueError for k < 1 or another rule.
-    """
+    `initial` is 0 (Diffusion-DPO). Raises ValueError for k < 1 or another rule."""
     if k < 1 or rule not in ("random", "latest", "initial"):
         raise ValueError(f"needs k >= 1 and random, latest or initial, not {k}, {rule!r}")
     if rule == "random":
@@ -117,10 +113,8 @@ def predict(unet, x_t, t, context):
 
 def denoising_error(unet, scheduler, x_0, eps, t, context):
     """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
-
     x_0, eps: (B, C, h, w) fp32 latents and noise, or (B, C, F, h, w) of clips. t: (B,) integer timesteps.
-    context: (B, tokens, width), the encoded captions. scheduler: diffusers'; it knows abar and what the net predicts.
-    """
+    context: (B, tokens, width), the encoded captions. scheduler: diffusers'; it knows abar and the net's target."""
     x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     target = scheduler.get_velocity(x_0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
     return (predict(unet, x_t, t, context) - target).square().flatten(1).mean(1)
@@ -128,12 +122,10 @@ def denoising_error(unet, scheduler, x_0, eps, t, context):
 
 def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sign=None, beta=2000.0, flip="sign"):
     """From latents to the loss: the sum of B pairs' losses, to be differentiated, and {statistic: (B,) values}.
-
     x_w, x_r: (B, C, h, w) latents of winners and reference samples (dpo: losers). eps, t, context: as above, shared.
     reference None: SFT, whose loss is the winner's error itself.
     sign: (B,), where it was decided beforehand. Where it is 0, x_r holds x_w as a stand-in, so that batches keep their
-    shape; it is left out of the loss and of what is counted over pairs.
-    """
+    shape; it is left out of the loss and of what is counted over pairs."""
     if reference is None:
         m = denoising_error(policy, scheduler, x_w, eps, t, context)
         return m.sum(), {"winners": torch.ones_like(m), "loss": m.detach(), "policy_w": m.detach()}
@@ -157,22 +149,25 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
 # Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs
 # 4.5 UNet forwards and adds the VAE's own error.
 
-SOLVERS = {  # all deterministic, and none clips latents as if they were pixels
-    "dpm++": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++")),
-    "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False)),
+SOLVERS = {  # all deterministic; none clips latents as if they were pixels; "trailing" begins where all is noise
+    "dpm++": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", timestep_spacing="trailing")),
+    "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False, timestep_spacing="trailing")),
     "pndm": (diffusers.PNDMScheduler, dict(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)),  # SD 1.5's
 }
+NOISE_LEVELS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr".split()
+
+
+def make_solver(scheduler, solver):
+    """A solver is what its name says: of the model's own it takes noise levels and kind of prediction alone."""
+    kind, settings = SOLVERS[solver]
+    return kind.from_config({name: scheduler.config[name] for name in (*NOISE_LEVELS, "prediction_type")}, **settings)
 
 
 @torch.no_grad()
 def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, guidance=7.5):
     """(B, C, h, w) or (B, C, F, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1: none).
-
-    context: (B, tokens, width) captions; empty: (1, tokens, width), the encoded "". scheduler: the training scheduler,
-    whose noise levels and kind of prediction the solver (a key of SOLVERS) takes over.
-    """
-    kind, settings = SOLVERS[solver]
-    stepper = kind.from_config(scheduler.config, **settings)
+    context: (B, tokens, width) captions; empty: (1, tokens, width), the encoded "". solver: a key of SOLVERS."""
+    stepper = make_solver(scheduler, solver)
     stepper.set_timesteps(steps)
     guided, dtype, x = guidance != 1, next(unet.parameters()).dtype, noise * stepper.init_noise_sigma
     if guided:
@@ -208,17 +203,24 @@ class Trainer:
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
         if o.loser == "generated" and o.dtype == "fp16":  # rounding is harmless where a net only generates
             self.half_copy = copy.deepcopy(self.reference).half()
+            for mine, its in zip(self.reference.modules(), self.half_copy.modules()):
+                if type(mine) in (torch.nn.Linear, torch.nn.Conv2d):  # autocast rounds these: one copy serves both
+                    mine.weight, mine.bias = its.weight, its.bias
         # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
         net = self.half_copy or self.reference
         self.sampling_net = torch.compile(net) if o.compile else net
         if o.gradient_checkpointing:  # after the copies, which would keep methods of this net
-            enable_checkpointing(policy)
+            policy.enable_gradient_checkpointing()
+            checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+            for block in policy.modules():
+                if type(block).__name__ == "AnimateDiffTransformer3D":  # which diffusers leaves out
+                    block.forward = functools.partial(checkpointed, block.forward)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.gradients = lambda: [p.grad for p in self.trained.values() if p.grad is not None]  # None: never used
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
         self.state = dict(self.trained)  # beside self.progress all that a resumed run needs, by name
         for name, p in self.trained.items():  # moments now, so that a card that is too small says so at once
-            moments = {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
-            moments["step"] = torch.zeros((), device=p.device)
+            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=p.new_zeros(()))
             self.optimizer.state[p] = moments
             self.state |= {f"{name} {moment}": tensor for moment, tensor in moments.items()}
         side = o.resolution // codec.factor
@@ -227,9 +229,8 @@ class Trainer:
         self.sampler_options = dict(empty=self.empty, solver=o.solver, steps=o.sampler_steps, guidance=o.guidance)
         # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid; times
         # this it is 8 * error * sigmoid, in the middle of fp16's range whatever beta and N are. Weights are fp32.
-        self.scale = 1.0  # the largest; progress has the present one
-        if o.dtype == "fp16":
-            self.scale = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
+        full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
+        self.scale = full if o.dtype == "fp16" else 1.0  # the largest; progress has the present one
         self.progress = {"scale": self.scale, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of the update under way: {statistic: sum}; Counter.update adds
@@ -257,14 +258,6 @@ class Trainer:
             signs.append((policy_w < reference_w).float())
         return torch.cat(signs)
 
-    def reference_samples(self, noise, captions, wanted, instead):
-        """x^r: (B, C, h, w) latents that the reference draws for the captions, or `instead` where wanted is 0."""
-        x_r = instead.clone()
-        for i in wanted.nonzero()[:, 0].split(self.o.generate_batch):
-            if len(i):
-                x_r[i] = sample(self.sampling_net, self.codec.scheduler, noise[i], captions[i], **self.sampler_options)
-        return x_r
-
     def gradient(self, rows):
         """Adds the gradient of these rows' summed loss, and their statistics, to those of the update under way."""
         o, codec, is_first = self.o, self.codec, not self.sums
@@ -284,7 +277,9 @@ class Trainer:
             wanted = torch.ones_like(t)  # 1: make an x^r
             if o.flip == "indicator":
                 wanted = batch["sign"] = self.anchor_sign(x_w, eps, t, context)
-            batch["x_r"] = self.reference_samples(noise_r, captions, wanted, instead=x_w)  # for the real captions
+            x_r = batch["x_r"] = x_w.clone()
+            for i in wanted.nonzero()[:, 0].split(o.generate_batch) if wanted.any() else ():  # by the real captions
+                x_r[i] = sample(self.sampling_net, codec.scheduler, noise_r[i], captions[i], **self.sampler_options)
         for i in torch.arange(len(t), device=o.device).split(o.micro_batch):
             micro = {name: value[i] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
             with self.autocast():
@@ -296,9 +291,6 @@ class Trainer:
             if o.world > 1:
                 dist.all_reduce(finite, dist.ReduceOp.MIN)
             self.overflow = not finite
-
-    def gradients(self):
-        return [p.grad for p in self.trained.values() if p.grad is not None]  # None: a weight that the net never uses
 
     def step(self, update):
         """Adds up the devices' shares, clips, steps. Returns what is logged."""
@@ -323,8 +315,8 @@ class Trainer:
             progress["in_a_row"] += 1
             progress["skipped_updates"] += 1
             progress["scale"] /= 16 if o.dtype == "fp16" else 1
-            found = f"three updates in a row, until {update + 1}, are not finite (loss {means['loss']})"
-            need(progress["in_a_row"] < 3, f"{found}. Take a lower --lr, or --dtype fp32, in another --out")
+            advice = "take a lower --lr, or --dtype fp32, in another --out"
+            need(progress["in_a_row"] < 3, f"three updates in a row, until {update + 1}, are not finite: {advice}")
             means, norm = {}, None
         self.optimizer.zero_grad()  # before anything is saved: it frees a fifth of the memory
         self.sums, self.overflow = Counter(), False
@@ -341,7 +333,7 @@ def train(o):
     data = open_data(o)
     policy, codec = load_models(o)
     trainer = Trainer(o, policy, codec)
-    begin(o, data, policy)
+    begin(o, data, trainer)
     if trainer.reference:
         check_numeric_path(o, trainer)
     done = resume(o, trainer)
@@ -349,12 +341,11 @@ def train(o):
         save(o, trainer, data, 0)  # the base model, the pool's first
     share = o.batch_size // o.world  # of each device, of every update
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
-    if o.flip == "indicator":
-        chunk *= 4  # only some need an x^r, about half: four chunks' worth fills the generator's batches
+    chunk *= 4 if o.flip == "indicator" else 1  # where about half need an x^r: full batches all the same
     positions = (u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share))
     rows, saved = fetch_ahead(data, positions, ahead=2 * chunk), time.monotonic()
-    begun, total, log = done * o.batch_size, o.steps * o.batch_size, o.out / "metrics.jsonl"
-    bar = tqdm(initial=begun, total=total, unit="winner", smoothing=0, disable=o.rank > 0)
+    total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
+    bar = tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0)
     for update in range(done, o.steps):
         start = time.perf_counter()
         if trainer.reference:
@@ -366,7 +357,8 @@ def train(o):
             if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
                 bar.initial, bar.start_t = bar.n, time.time()
         m, seconds = trainer.step(update), time.perf_counter() - start
-        m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak_gb(o.device)}
+        peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
+        m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
         if o.rank == 0:
             with explained(f"{log} cannot be written", ROOM), open(log, "a") as file:
                 print(json.dumps(m), file=file)
@@ -376,8 +368,7 @@ def train(o):
             save(o, trainer, data, update + 1, interval_ends)
             saved = time.monotonic()
     bar.close()
-    if o.rank == 0:
-        print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
+    print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
 
 
 # ---- 5. The data ----------------------------------------------------------------------------------------------------
@@ -403,8 +394,7 @@ def explained(what, advice):
         raise UserError(f"{what}: {reason[:200]} ({advice})") from error
 
 
-def key(*parts):
-    """A 63-bit seed from any printable values, the same in every process."""
+def key(*parts):  # a 63-bit seed from any printable values, the same in every process
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -420,10 +410,9 @@ def draws(seed, positions, shape, timesteps, dropout):
 
 
 class Winners:
-    """The rows by position. They come in groups that are read whole (a Parquet row group); per epoch the groups are
-    shuffled, and the rows in each. A row without a caption or a picture is replaced by another, and counted.
-    source: what config.json calls it. groups: [(n, read)], where read() -> the group's n rows: (caption, winner, loser
-    or None), or None in the place of a tie. A picture is bytes, a path, or pixels."""
+    """The rows by position. They come in groups that are read whole; per epoch groups are shuffled, and rows in each.
+    One without caption or picture is replaced by another, and counted. groups: [(n, read)], where read() -> n rows:
+    (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels."""
 
     def __init__(self, o, source, groups):
         self.o, self.source, self.groups, self.total, self.lock = o, source, [], 0, threading.Lock()
@@ -432,13 +421,9 @@ class Winners:
             self.groups += [(n, read)] if n else []
             self.total += n
         need(self.total, f"--data {o.data} has no rows")
-        if o.loser == "data":
-            some = any(row[2] is not None for row in self.group(0, 0))
-            need(some, f"--data {o.data} has no losing pictures, which --loser data (--method dpo) needs")
 
     @functools.lru_cache(2)
-    def epoch(self, epoch):
-        """The groups in this epoch's order, and the place in the epoch where each ends."""
+    def epoch(self, epoch):  # -> the groups in its order, and the place where each ends
         order = random.Random(key(self.o.seed, "groups", epoch)).sample(range(len(self.groups)), len(self.groups))
         return order, list(itertools.accumulate(self.groups[g][0] for g in order))
 
@@ -494,12 +479,14 @@ def fetch_ahead(data, positions, ahead):
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow may open: others start programs, or follow paths
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
 FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
+for name in ("tEXt", "zTXt", "iTXt", "iCCP"):  # a PNG's notes and profile: of any size, and skipped
+    setattr(PngImagePlugin.PngStream, f"chunk_{name}", lambda stream, at, length: stream.fp.read(length))
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
 
 
 def to_pixels(picture, o, flip=False, start=0.0):
     """Bytes or a path -> (3, R, R) in [-1, 1]: shorter side to R (bilinear), centre crop; of a film (3, F, R, R).
-    Pixels stay as they are. Raises ValueError for what is no picture."""
+    Pixels stay. Raises ValueError for what is no picture."""
     if not isinstance(picture, torch.Tensor):
         try:
             need(not isinstance(picture, Path) or picture.is_file(), "no file")  # pipes would be waited for
@@ -519,10 +506,15 @@ def read_picture(picture):
     picture = picture["bytes"] if isinstance(picture, dict) else picture
     with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
         need(image.width * image.height <= 64e6, f"{image.size} pixels")  # a few kilobytes can ask for gigabytes
+        image.load()  # before its metadata, which may be anything
+        with contextlib.suppress(Exception):
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would make white of it
             image = image.point(lambda value: value / 256).convert("L")
         need(image.mode not in ("I", "F"), f"numbers of unknown scale (mode {image.mode})")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if image.has_transparency_data:  # lies on white, as a viewer shows it
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def read_clip(path, frames, start, stride=4):
@@ -530,52 +522,69 @@ def read_clip(path, frames, start, stride=4):
     `stride` in a short film, as AnimateDiff takes them. What is not taken is not kept: films may be long."""
     import av
 
-    opened = functools.partial(av.open, str(path.absolute()))
-    closed = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-    with opened(options=closed) as film:  # the container's own count is often missing
+    allowed = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+    opened = functools.partial(av.open, str(path.absolute()), options=allowed)
+    with opened() as film:  # the container's own count is often missing
         n = sum(packet.size > 0 and not packet.is_discard for packet in film.demux(video=0))
     length = min(n, (frames - 1) * stride + 1)
     first = int(start * (n - length + 1))
     wanted = [first + i * (length - 1) // (frames - 1) for i in range(frames)]
-    with opened(options=closed) as film:
+    with opened() as film:
         for i, frame in enumerate(itertools.islice(film.decode(video=0), wanted[-1] + 1)):
             if i in wanted:
                 yield frame.to_image().rotate(frame.rotation, expand=True)
 
 
-PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2", "yuvalkirstain/pickapic_v2")  # the last: gone
+PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2")  # copies: yuvalkirstain/pickapic_v2 is gone
 COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0 = jpg_1 wins, 0.5 = a tie
 
 
 def open_data(o):
     """--data: the miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
-    folder = Path(o.data)
-    captioned = o.frames or (folder / "metadata.jsonl").exists() or not any(folder.rglob("*.parquet"))
-    if o.data in MINI_DATA:
-        rows = mini_rows(o.data)
-    elif folder.is_dir() and captioned:
-        rows = folder_rows(folder, FILMS if o.frames else PICTURES)
-    else:
-        need(not o.frames, f"--data {o.data} is no folder: clips are read from folders only")
+    folder, rows = Path(o.data), mini_rows(o.data) if o.data in MINI_DATA else []
+    if folder.is_dir() and not rows:  # captions decide: a stray Parquet file beside them is not the data
+        with explained(f"--data {folder} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
+            rows = folder_rows(folder, FILMS if o.frames else PICTURES)
+    if not rows:
+        need(not o.frames, f"--data {o.data} is no folder of captioned clips, which --motion-adapter needs")
         return Winners(o, *parquet_groups(o.data))
     return Winners(o, o.data, [(len(rows), lambda: rows)])
 
 
+def files_below(folder):
+    """In order; nothing that is hidden, and nothing of a run."""
+    runs = {path.parent for path in folder.rglob("checkpoint-0")} - {folder}
+    files = [path for path in sorted(folder.rglob("*")) if not runs & {*path.parents} and path.is_file()]
+    return [path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+
+
 def folder_rows(folder, endings):
-    """metadata.jsonl ({"file_name": ..., "text": ...} a line), or name.txt beside name.jpg or name.mp4."""
-    table = folder / "metadata.jsonl"
-    with explained(f"--data {folder} cannot be read", "captions: metadata.jsonl with file_name and text, or name.txt"):
-        if table.exists():
-            lines = [json.loads(line) for line in table.read_text("utf-8-sig").split("\n") if line.strip()]
-            rows = [(line.get("text"), folder / line["file_name"], None) for line in lines]
-            outside = [p for _, p, _ in rows if not Path(os.path.abspath(p)).is_relative_to(os.path.abspath(folder))]
-            need(not outside, f"--data {folder}: metadata.jsonl names {str(outside[:1])[12:99]} outside the folder")
-        else:
-            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.name[0] != ".")
-            beside = [(p.with_suffix(".txt"), p) for p in files]
-            rows = [(c.read_text("utf-8", "replace") if c.is_file() else None, p, None) for c, p in beside]
-        if not any(isinstance(caption, str) and caption.strip() for caption, *_ in rows):
-            raise ValueError(f"no captioned {'clips' if endings is FILMS else 'pictures'}")
+    """metadata.jsonl ({"file_name": ..., "text": ...} a line), or name.txt beside name.jpg or name.mp4. What has no
+    caption is no data; what has one and is left out is counted."""
+
+    def read(path):  # UTF-8, or UTF-16 that says so; other bytes become surrogates: a caption of no use, not garbage
+        data = path.read_bytes()
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "surrogateescape")
+
+    files, rows = files_below(folder), []
+    tables = of_train(folder, [str(file.relative_to(folder)) for file in files if file.name == "metadata.jsonl"])
+    for table in (folder / name for name in tables):
+        text = read(table)
+        lines = json.loads(text) if text.strip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
+        for line in map(dict, lines):
+            need({"file_name", "text"} <= {*line}, f"{table} has the keys {', '.join(line)}, not file_name and text")
+            file = Path(os.path.normpath(table.parent / str(line["file_name"])))
+            need(folder in (*file.parents, *file.resolve().parents), f"{table} names {file}, outside the folder")
+            rows.append((line["text"], file, None))
+    beside = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    captions = {file: beside.get(file.with_suffix(""), file) for file in files}
+    if not tables:
+        own = [file for file, text in captions.items() if text != file and file.suffix.lower() in endings]
+        rows = [(read(captions[file]), file, None) for file in own]
+    taken, kinds = {file for _, file, _ in rows}, "metadata.jsonl names" if tables else ", ".join(sorted(endings))
+    left_out = [file.name for file, text in captions.items() if text != file and file not in taken]
+    if left_out:
+        print(f"--data {folder}: {len(left_out)} left out ({left_out[0]}, ...): it takes what {kinds}")
     return rows
 
 
@@ -585,19 +594,19 @@ def parquet_groups(name):
     import pyarrow.dataset
 
     source, root, system = name, Path(name), None
-    advice = "it takes pickapic, a folder of captioned pictures, or Parquet with " + ", ".join(COLUMNS)
-    if name == "pickapic" and not root.exists():
-        source, advice = PICKAPIC[0], f"another copy: --data {PICKAPIC[1]}; the paper's own, {PICKAPIC[2]}, is gone"
+    advice = f"it takes pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
     with explained(f"--data {source} cannot be read", advice):
         if root.exists():
-            names = [str(p.relative_to(root)) for p in root.rglob("*")]
+            names = [str(file.relative_to(root)) for file in files_below(root)]
         else:
             source, _, revision = source.partition("@")
             info = huggingface_hub.HfApi().dataset_info(source, revision=revision or None, timeout=30)
             source, names = f"{source}@{info.sha}", [file.rfilename for file in info.siblings]
             root = f"datasets/{source}"
             system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks read what nobody asked for
-        files = [name] if Path(name).is_file() else [f"{root}/{file}" for file in train_files(source, names)]
+        names = of_train(source, [file for file in names if file.endswith(".parquet")])
+        need(names or root.is_file(), f"--data {source} has no captioned pictures and no Parquet files")
+        files = [f"{root}/{file}" for file in names] or [name]
         files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
             groups = [group for file in pool.map(lambda file: file.split_by_row_group(), files) for group in file]
@@ -607,28 +616,29 @@ def parquet_groups(name):
 
     def read(group):
         sides, rows = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}, []
-        for row in group.to_table(columns=COLUMNS).to_pylist():
-            winner, loser = sides.get(row["label_0"], ("", ""))  # a label that says nothing leaves no picture: counted
-            rows.append(None if row["label_0"] == 0.5 else (row["caption"], row.get(winner), row.get(loser)))
+        table = group.to_table(columns=COLUMNS + ["label_1"] * ("label_1" in group.physical_schema.names))
+        for row in table.to_pylist():
+            label, *other = (float(math.nan if v is None else v) for name, v in row.items() if name[:6] == "label_")
+            winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))  # no picture: counted
+            rows.append(None if label == 0.5 else (row["caption"], row.get(winner), row.get(loser)))
         return rows
 
     return source, [(group.row_groups[0].num_rows, functools.partial(read, group)) for group in groups]
 
 
-def train_files(source, names):
-    """The Parquet files of the split `train`: with that word in their path; all, where no path names a split."""
-    words = {name: {*re.split(r"[^a-z]+", name.lower())} for name in sorted(names) if name.endswith(".parquet")}
-    train = [name for name, has in words.items() if "train" in has]
-    other = [name for name, has in words.items() if has & {"validation", "valid", "val", "dev", "test"}]
-    need(words, f"--data {source} has no Parquet files")
+def of_train(source, names):
+    """Those of the files that are of the split `train`: with that word in their path; all, if none names a split."""
+    has = lambda name, *words: {*re.split(r"[^a-z]+", name.lower())} & {*words}
+    train = [name for name in sorted(names) if has(name, "train")]
+    other = [name for name in names if has(name, "validation", "valid", "val", "dev", "test")]
     need(train or not other, f"--data {source} has no split named train: {', '.join(other[:4])}")
-    return train or [*words]
+    return train or sorted(names)
 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "it takes a folder as diffusers saves it, or a hub id"
-MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # gone from the hub in 2024
+FOLDER_OR_ID = "it takes a hub id, or a folder: of a single file StableDiffusionPipeline.from_single_file(FILE)"
+FOLDER_OR_ID += ".save_pretrained(FOLDER) makes one; load and fuse a LoRA first; python seppo.py makes the miniature's"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
 
@@ -660,81 +670,71 @@ class StableDiffusion:
         return as_clips(pixels.float().clamp(-1, 1), latents)
 
 
-def as_pictures(x):
-    """Clips (B, C, F, h, w) -> their frames (B F, C, h, w); pictures stay."""
+def as_pictures(x):  # clips (B, C, F, h, w) -> their frames (B F, C, h, w); pictures stay
     return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
-def as_clips(x, like):
-    """The way back, where `like` is of clips."""
+def as_clips(x, like):  # the way back, where `like` is of clips
     return x.unflatten(0, (len(like), -1)).transpose(1, 2) if like.ndim == 5 else x
 
 
-def load_whole(kind, *args, **options):
+def load_whole(kind, name, subfolder="", **options):
     """kind.from_pretrained, which of itself leaves weights that a file lacks at random, and says nothing."""
-    model, info = kind.from_pretrained(*args, output_loading_info=True, **options)
+    files = [*Path(name, subfolder).glob("*.safetensors")]
+    options["variant"] = "fp16" if files and all(".fp16" in file.name for file in files) else None
+    model, info = kind.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # buffers are constants
-    need(not missing, f"{args[0]} lacks weights of a {kind.__name__}: {', '.join(missing[:2])}, ...")
+    need(not missing, f"{name} lacks weights of a {kind.__name__}: {', '.join(missing[:2])}, ...")
     for p in model.parameters():  # they lie in the mapped file at any address, and a CPU's kernels round by address
         p.data = p.data.clone()
     return model
 
 
 def load_unet(name, *kinds):
-    """A net of one of these classes as diffusers saves it, at NAME/unet, NAME/motion_adapter or NAME; in fp32."""
-    for part in ("unet", "motion_adapter", None):
-        with contextlib.suppress(OSError):
-            found = UNet2DConditionModel.load_config(name, subfolder=part)["_class_name"]
+    """A net of one of these classes, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint."""
+    last = sorted(map(str, Path(name).glob("checkpoint-*")), key=lambda folder: (len(folder), folder))[-1:]
+    for where, part in itertools.product((name, *last), ("unet", "motion_adapter", "")):
+        with contextlib.suppress(OSError, KeyError):  # a run's own config.json is not a net's
+            found = UNet2DConditionModel.load_config(where, subfolder=part)["_class_name"]
             break
     else:
-        raise OSError(f"{name} has no configuration of a UNet")
-    kind = {kind.__name__: kind for kind in kinds}.get(found)
-    need(kind, f"{name} holds a {found}, not a {' or '.join(kind.__name__ for kind in kinds)}")
-    return load_whole(kind, name, subfolder=part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        raise OSError("no configuration of a UNet")
+    need(found in kinds, f"{name} holds a {found}, not a {' or '.join(kinds)}")
+    print(f"{found}: {where}/{part}")
+    return load_whole(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
 
 def load_models(o):
     """-> the policy's UNet in fp32, and the codec (StableDiffusion or Miniature)."""
     if o.model in MINI:
-        policy, codec = load_mini(o.model), Miniature(o.device)
+        codec = Miniature(o.device)
     else:
-        name = o.model if Path(o.model).is_dir() else MOVED.get(o.model, o.model)
         with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID):
-            policy = load_unet(name, UNet2DConditionModel)
-            text = load_whole(transformers.CLIPTextModel, name, subfolder="text_encoder", dtype=o.half)
-            vae = load_whole(AutoencoderKL, name, subfolder="vae", torch_dtype=o.half, low_cpu_mem_usage=False)
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
-            scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
+            text = load_whole(transformers.CLIPTextModel, o.model, "text_encoder", dtype=o.half)
+            vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")
+            scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
             fits = 9 < len(tokenizer) <= text.config.vocab_size  # without its files it is made all the same, and empty
             need(fits, f"--model {o.model} has the tokenizer of another model, or none")
         codec = StableDiffusion(tokenizer, text.to(o.device), vae.to(o.device), scheduler)
-    other, config = None, policy.config
-    if o.unet:
-        with explained(f"--unet {o.unet} cannot be read", FOLDER_OR_ID):
-            other = load_unet(o.unet, UNet2DConditionModel, *[UNetMotionModel] * bool(o.motion_adapter))
-            if type(other) is UNet2DConditionModel:
-                policy.load_state_dict(other.state_dict())
+    where = o.unet or (MINI_BASE if o.model == "mini" else o.model)
+    kinds = ["UNet2DConditionModel", *["UNetMotionModel"] * bool(o.motion_adapter and o.unet)]
+    with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID):
+        policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
+    config, levels = policy.config, codec.scheduler.config
     takes, gives = (config.in_channels, config.cross_attention_dim), (codec.channels, codec.width)
-    fits = takes == gives and not config.addition_embed_type and codec.scheduler.config.prediction_type != "sample"
+    fits = takes == gives and not config.get("addition_embed_type") and levels.prediction_type != "sample"
     need(fits, f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes {takes} channels of {gives}")
+    need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm: this model begins in noise: ddim")
     if o.motion_adapter:
-        with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID):
-            policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, MotionAdapter))
-            if type(other) is UNetMotionModel:
-                policy.load_state_dict(other.state_dict())
-        codec.scheduler = DDPMScheduler.from_config(codec.scheduler.config, **ANIMATEDIFF)
-        longest = policy.config.motion_max_seq_length
-        need(o.frames <= longest, f"--frames {o.frames}: this motion adapter knows {longest} at most")
+        if not isinstance(policy, UNetMotionModel):
+            with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID):
+                policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, "MotionAdapter"))
+        codec.scheduler = DDPMScheduler.from_config(levels, **ANIMATEDIFF)
+        need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames}: too many for this motion adapter")
         if o.train == "motion":
             policy.freeze_unet2d_params()
     return policy.to(o.device).eval(), codec  # eval: dropout would part policy and reference
-
-
-def enable_checkpointing(unet):
-    unet.enable_gradient_checkpointing()
-    for module in unet.modules():
-        if type(module).__name__ == "AnimateDiffTransformer3D":  # which diffusers leaves out
-            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
 
 
 @torch.no_grad()
@@ -747,9 +747,9 @@ def fill(tensors, path):
 
 
 # ---- 7. The miniature -----------------------------------------------------------------------------------------------
-# A text-to-image world for two cores, on Stable Diffusion's path: 16 x 16 pictures of captioned shapes, each with its
-# dose of four flaws (off-centre, foggy, blurred, small). Of four pictures people like the one with the highest
-# `mini_score`; the base model learned from all. It predicts v: few steps suffice where so small a net's eps is noise.
+# A text-to-image world for two cores, on Stable Diffusion's path: 16 x 16 pictures of captioned shapes with doses of
+# four flaws (off-centre, foggy, blurred, small). People like that one of four with the highest `mini_score`; the base
+# model learned from all. It predicts v: few steps suffice where so small a net's eps is noise.
 
 COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.8, -0.6, 1), "yellow": (1, 0.9, -0.8)}
 SHAPES = {
@@ -760,7 +760,7 @@ SHAPES = {
 }
 CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
 MINI_DATA = ("mini", "mini-mixture")
-MINI_BASE = Path("runs/mini-base-2")  # where the base model stays: count up with any change to this section
+MINI_BASE = "runs/mini-base-2"  # where the base model stays: count up with any change to this section
 
 
 def draw_mini(captions, flaws):
@@ -818,12 +818,7 @@ class Miniature:
         return F.pixel_shuffle(latents, self.factor).clamp(-1, 1)
 
 
-def load_mini(name):
-    """The miniature's UNet: untrained, or the base model, which this very script trains, once."""
-    if name == "mini":
-        base = MINI_BASE / f"checkpoint-{MINI['mini-untrained']['steps']}"
-        need(base.is_dir(), f"the miniature's base model is not in {base}: python seppo.py trains it")
-        return load_unet(base, UNet2DConditionModel)
+def untrained_mini():
     torch.manual_seed(0)
     size = dict(sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1)
     size |= dict(cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
@@ -852,37 +847,65 @@ def whole(path):
         os.replace(temporary, path)
 
 
-def begin(o, data, policy):
+def lock(o, wait=False):
+    """One process group a folder. -> an open file: closing it unlocks, as does the process's end, however it ends."""
+    with explained(f"{o.out} cannot be written", ROOM):
+        o.out.mkdir(parents=True, exist_ok=True)
+        file = open(o.out / "lock", "a")
+    try:
+        import fcntl
+
+        if o.rank == 0:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        need(False, f"another command works on {o.out}: wait for it, or choose another --out")
+    except (ImportError, OSError):  # Windows, some file systems
+        print(f"{o.out} cannot be locked: let no other command work on it")
+    if o.world > 1:
+        dist.barrier()
+    return file
+
+
+def choose_micro_batch(o, room):
+    """Where none is given: the largest power of two that divides this device's share and whose activations fit into
+    `room` GB, by Stable Diffusion 1.5's 2.5 GB a winner (512 pixels, fp16). Without a GPU it is 1."""
+    each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)
+    each *= 0.25 if o.gradient_checkpointing else 1
+    fits = [n for n in (1, 2, 4, 8, 16, 32, 64) if o.batch_size // o.world % n == 0 and n * each <= room]
+    return max(fits, default=1)
+
+
+def begin(o, data, trainer):
     """Refuses an --out with another experiment, writes config.json, prints the plan."""
-    if o.rank > 0:
-        return
     options = {name: value for name, value in vars(o).items() if name not in MACHINE}
     options, path = options | {"source": data.source, "rows": data.total}, o.out / "config.json"
     with explained(f"--out {o.out} cannot be read", "choose another"):
         then = json.loads(path.read_text())["options"] if path.exists() else options
     changed = [f"{name} was {then.get(name)}, is {now}" for name, now in options.items() if now != then.get(name)]
     need(not changed, f"{o.out} holds a run with other options ({', '.join(changed)}): choose another --out")
-    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
-    with whole(path) as file:
-        file.write_text(json.dumps({"options": options, "versions": versions}, indent=1))
-    everything = 4e-9 * sum(p.numel() for p in policy.parameters())  # GB in fp32
-    trains = 4e-9 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    weights = everything + (trains if o.loser != "none" else 0) + (everything / 2 if o.dtype == "fp16" else 0)
+    config = {"options": options, "sampler": dict(make_solver(trainer.codec.scheduler, o.solver).config)}
+    config["versions"] = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    if o.rank == 0:
+        with whole(path) as file:
+            file.write_text(json.dumps(config, indent=1))
+    nets = [net for net in (trainer.policy, trainer.reference, trainer.half_copy) if net]
+    held = {id(p): p.nbytes / 1e9 for net in nets for p in net.parameters()}  # what they share counts once
+    trains = sum(p.nbytes for p in trainer.trained.values()) / 1e9
+    static = sum(held.values()) + 3 * trains  # gradients and moments
+    gpu = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if o.device.type == "cuda" else 0
+    o.micro_batch = o.micro_batch or choose_micro_batch(o, 0.9 * gpu - static - 3.5)
     winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
-    pool = checkpoints * (everything if o.part == "unet" else trains)
-    print(", ".join(f"{name} {value}" for name, value in vars(o).items() if value not in (None, False)))
-    micro_batches = f"{o.batch_size // o.micro_batch // o.world} micro-batches of {o.micro_batch}"
+    saved = trains if o.part == "motion_adapter" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
     print(
-        f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}. An update is "
-        f"{micro_batches} on each of {o.world} devices. {everything * 250:.1f} M weights, {trains * 250:.1f} M train: "
-        f"{weights + 3 * trains:.3g} GB of memory, and activations; {pool:.3g} GB of disk for {checkpoints} "
-        f"checkpoints, {6 * trains:.3g} to resume from"
+        f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}, micro-batches"
+        f" of {o.micro_batch}, on {o.world} x {o.device}. {250 * trains:.1f} M weights train. {static:.3g} GB memory"
+        f" and activations; {3 * trains + checkpoints * saved:.3g} GB of disk, {checkpoints} checkpoints"
     )
 
 
 def save(o, trainer, data, update, interval_ends=True):
-    """The picture, the pool's next checkpoint as diffusers loads it, last the state to resume from: a kill in between
-    repeats work and loses none. The first process saves; the others wait, for they will read it."""
+    """The picture, the pool's next checkpoint as diffusers loads it, then the state to resume from: a kill in between
+    repeats work, and loses none."""
     if o.rank == 0 and interval_ends:
         sample_pictures(o, trainer, data, update)
         with whole(o.out / f"checkpoint-{update}") as folder:
@@ -892,11 +915,10 @@ def save(o, trainer, data, update, interval_ends=True):
         with whole(o.out / "resume.safetensors") as file:
             save_file(trainer.state, file, {"progress": json.dumps(trainer.progress | {"update": update})})
     if o.world > 1 and interval_ends:
-        dist.barrier()
+        dist.barrier()  # the others will read it
 
 
-def resume(o, trainer):
-    """-> how many updates are done, everything being as it was then."""
+def resume(o, trainer):  # -> how many updates are done, everything being as it was then
     path, metrics, done = o.out / "resume.safetensors", o.out / "metrics.jsonl", 0
     if path.exists():
         trainer.progress = json.loads(fill(trainer.state, path)["progress"])
@@ -929,43 +951,27 @@ def sample_pictures(o, trainer, data, update):
 
 def check_numeric_path(o, trainer):
     """At equal weights s_w and s_r must be 0, or beta makes preferences out of rounding."""
-    drawn = draws("check", range(o.micro_batch), trainer.shape, 1000, 0)
-    t, _, eps, x_w, x_r = (v.to(o.device) for v in drawn)  # noise will do for latents
+    drawn = draws("check", range(o.micro_batch), trainer.shape, 1000, 0)  # noise will do for latents
+    t, _, eps, x_w, x_r = (v.to(o.device) for v in drawn)
     batch = dict(x_w=x_w, eps=eps, t=t, context=trainer.empty.expand(len(t), -1, -1), x_r=x_r)
     with trainer.autocast():
         _, m = batch_loss(trainer.policy, trainer.reference, trainer.codec.scheduler, **batch)
     gaps = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
     logit = 0.5 * o.beta * gaps.abs().max().item()
-    found = f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart"
-    need(logit < 0.3, f"{found}: their errors are not computed on one numeric path, and signs would be rounding")
-    if logit > 0 and o.rank == 0:
-        print(f"{found} instead of 0")
+    if logit > 0:
+        print(f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart instead of 0")
+    need(logit < 0.3, f"self-check: {logit:.2g} of a logit: not computed on one numeric path, signs would be rounding")
 
 
-def peak_gb(device):
-    """Peak memory so far: the GPU's, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def how_to_load(o):
-    """The last lines of a run: a program that loads what it made."""
-    net = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
-    pipes = "AnimateDiffPipeline, DDIMScheduler" if o.frames else "StableDiffusionPipeline"
-    lines = [f"from diffusers import {net}, {pipes}"]
-    lines += [f'{o.part} = {net}.from_pretrained("{o.out}", subfolder="checkpoint-{o.steps}/{o.part}")']
-    name, bare = MOVED.get(o.model, o.model), ", motion_adapter=None" if o.part == "unet" else ""
-    if o.frames:
-        lines += ['noise = dict(beta_schedule="linear", clip_sample=False, timestep_spacing="linspace")']
-        lines += [f'levels = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler", **noise)']
-        lines += [f'pipe = AnimateDiffPipeline.from_pretrained("{name}", {o.part}={o.part}{bare}, scheduler=levels)']
-    elif o.model not in MINI:
-        lines += [f'pipe = StableDiffusionPipeline.from_pretrained("{name}", unet=unet)']
-    return "\n  ".join([" To load it:", *lines])
+def how_to_load(o):  # the last lines of a run: a program that loads what it made
+    kind = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
+    program = f" To load it:\n  import diffusers\n  {o.part} = diffusers.{kind}.from_pretrained("
+    program += f"{str(o.out)!r}, subfolder='checkpoint-{o.steps}/{o.part}')"
+    if o.model in MINI:
+        return program
+    program += f"\n  pipe = diffusers.{'AnimateDiff' if o.frames else 'StableDiffusion'}Pipeline.from_pretrained("
+    program += f"{o.model!r}, {o.part}={o.part}" + ", motion_adapter=None" * bool(o.frames and o.part == "unet")
+    return program + (f", scheduler=diffusers.DDIMScheduler(**{ANIMATEDIFF}))" if o.frames else ")")
 
 
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
@@ -974,7 +980,14 @@ MINI = {  # what the miniature changes: it is small, and its errors are far larg
     "mini": SMALL | dict(steps=100, save_every=20, lr=2e-4, beta=5.0),
     "mini-untrained": SMALL | dict(steps=1500, save_every=500, lr=1e-3, data="mini-mixture", method="sft"),
 }
+MOVED = {"pickapic": PICKAPIC[0], "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing=True)  # what --motion-adapter changes
+
+
+def spelled(name):
+    """A folder is the same folder however it is spelled; what has left the hub is its copy there."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() and name not in MINI_DATA else MOVED.get(name, name)
 
 
 def parse_args(argv=None):
@@ -982,38 +995,33 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = parser.add_argument
-    # the method
     add("--method", default="seppo", choices=METHODS, help="a preset for the next three")
     add("--loser", choices=("generated", "data", "none"), help="what stands where DPO has the losing picture")
     add("--reference", choices=("random", "latest", "initial"), help="which checkpoint so far is the reference")
     add("--flip", choices=("sign", "indicator", "none"), help="what becomes of the anchor criterion's sign")
     add("--beta", type=float, default=2000.0, help="how strongly the reference holds; tune it first, with --lr")
-    # what it works on
-    add("--model", "--pretrained_model_name_or_path", default="mini", help="mini, a diffusers folder, or a hub id")
-    add("--unet", help="start from this UNet of the same shape: a folder or hub id")
-    add("--motion-adapter", help="AnimateDiff's, a folder or hub id: makes a text-to-video model of it")
+    add("--model", "--pretrained_model_name_or_path", type=spelled, default="mini", help="mini, a folder, or a hub id")
+    add("--unet", type=spelled, help="start from this UNet instead of the model's own: a folder, a run, or a hub id")
+    add("--motion-adapter", type=spelled, help="AnimateDiff's, a folder or hub id: makes a text-to-video model of it")
     add("--frames", "--num_frames", type=int, help="of a clip [16]")
     add("--train", choices=("motion", "all"), help="which weights of a text-to-video model learn [motion]")
-    add("--data", "--dataset_name", default="mini", help="mini, pickapic, a folder, or Parquet (file, folder, hub id)")
+    add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, a folder, a file, or a hub id")
     add("--max-winners", "--max_train_samples", type=int, help="the first N rows only: what is behind is never read")
     add("--resolution", type=int, default=512, help="pixels of the shorter side, then of the centre crop")
     add("--caption-dropout", type=float, default=0.2, help="share of captions replaced by the empty one")
     add("--out", "--output_dir", help="the run's folder [runs/MODEL-METHOD-...]")
-    # the optimisation
     add("--steps", "--max_train_steps", type=int, default=210, help="updates")
     add("--save-every", "--checkpointing_steps", type=int, default=30, help="updates until the pool gets a checkpoint")
     add("--batch-size", type=int, default=2048, help="winners per update, over all devices")
-    add("--micro-batch", type=int, default=1, help="winners per forward pass: lower it when memory runs out")
+    add("--micro-batch", type=int, help="winners per forward pass: lower it when memory runs out [what the GPU holds]")
     add("--lr", "--learning_rate", type=float, default=2.048e-5, help="after the warm-up; nothing scales it")
     add("--gradient-checkpointing", "--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--seed", type=int, default=0, help="of everything drawn")
-    # the reference samples
     add("--generate-batch", type=int, default=16, help="how many are generated at a time")
     add("--solver", default="dpm++", choices=SOLVERS, help="the diffusers scheduler")
     add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="its steps: most of a run's cost")
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="its classifier-free guidance scale, 1: none")
     add("--compile", action="store_true", help="compile the net that generates: faster after some minutes")
-    # the machine
     add("--device", help="cpu, cuda or cuda:1 [what there is]")
     add("--dtype", "--mixed_precision", choices=("fp16", "fp32"), help="of the error passes [fp16 on a GPU]")
     given, _ = parser.parse_known_args(argv)
@@ -1026,12 +1034,21 @@ def parse_args(argv=None):
     o.part = "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # what a checkpoint holds
     named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in given.items() if name not in UNNAMED]
     o.out = Path(o.out or "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-"))
-    check(o)
+    for name, value in vars(o).items():
+        if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank"):
+            need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
+    need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
+    mini = o.model in MINI
+    need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: pickapic, or your own")
+    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (the miniature: 16)")
+    clips = not mini and o.motion_adapter and o.frames > 1
+    need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
+    o.micro_batch = min(o.micro_batch, max(1, o.batch_size // o.world)) if mini else o.micro_batch
+    need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--batch-size: a multiple of --micro-batch x devices")
     return o
 
 
-def join_devices(o):
-    """This process's device, rank and world, as torchrun says or alone; and its dtype."""
+def join_devices(o):  # this process's device, rank and world, as torchrun says or alone; and its dtype
     torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     o.rank, o.world, local = (int(os.environ.get(name, alone)) for name, alone in torchrun.items())
     name, gpus = o.device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
@@ -1046,50 +1063,33 @@ def join_devices(o):
     o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # of what only generates, encodes and decodes
 
 
-def check(o):
-    """Refuses what cannot be."""
-    for name, value in vars(o).items():
-        if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank"):
-            need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
-    need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
-    mini = o.model in MINI
-    need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: pickapic, or your own")
-    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (the miniature: 16)")
-    clips = not mini and o.motion_adapter and o.frames > 1
-    need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
-    o.micro_batch = min(o.micro_batch, max(1, o.batch_size // o.world)) if mini else o.micro_batch
-    need(o.batch_size % (o.micro_batch * o.world) == 0, "--batch-size: a multiple of --micro-batch times the devices")
-
-
-def run(argv=None):
-    """The command's whole work; of the miniature the base model comes first."""
+def run(argv=None):  # the command's whole work; of the miniature the base model comes first
     o = parse_args(argv)
-    if o.model in MOVED and not Path(o.model).is_dir() and o.rank == 0:
-        print(f"{o.model} is gone from the hub: this takes its copy {MOVED[o.model]}")
     if o.world > 1:
         dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl")
     if o.model == "mini":
-        base = parse_args(["--model", "mini-untrained", "--out", str(MINI_BASE), "--device", str(o.device)])
-        if not (base.out / f"checkpoint-{base.steps}").is_dir():
-            train(base)
-    train(o)
+        base = parse_args(["--model", "mini-untrained", "--out", MINI_BASE, "--device", str(o.device)])
+        with lock(base, wait=True):
+            if not (base.out / f"checkpoint-{base.steps}").is_dir():
+                train(base)
+    with lock(o):
+        train(o)
 
 
-def main(argv=None, work=run, program="seppo.py", less="--micro-batch and --generate-batch, --gradient-checkpointing"):
+def main(argv=None, work=run, program="seppo.py", less="--micro-batch, --gradient-checkpointing, --generate-batch"):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do; 130 after Ctrl-C."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
         library.logging.set_verbosity(50)  # critical: what goes wrong is said once, below
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    message, code = "", 2
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = None  # one process speaks
+    said = {KeyboardInterrupt: "interrupted; the same command continues"}
+    said |= {torch.OutOfMemoryError: f"out of GPU memory: what helps, the best first: {less}"}
     try:
         return work(argv) or 0
-    except UserError as error:
-        message = f"{error}"
-    except torch.OutOfMemoryError:
-        message = f"out of GPU memory: less is needed with {less}"
-    except KeyboardInterrupt:
-        message, code = "interrupted; the same command continues", 130
+    except (UserError, *said) as error:
+        message, code = said.get(type(error), error), 130 if isinstance(error, KeyboardInterrupt) else 2
     if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all find at once is said by one
         print(f"{program}: {message}", file=sys.stderr)
     return code

@@ -359,13 +359,13 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     data = write_parquet(tmp_path / "pairs.parquet", rows)
     assert run(pipeline, data) == 0
     said, out, lines = capsys.readouterr(), Path("run"), metrics()
-    assert "16 winners: 1.6 epochs of 10 rows of" in said.out and "lr 0.001" in said.out, "the plan"
+    assert "16 winners: 1.6 epochs of 10 rows of" in said.out, "the plan"
     assert "16/16" in said.err and "winner/s" in said.err, "the bar counts winners"
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
-    assert {*LOGGED} == {*lines[0]} and None not in lines[0].values()
+    assert {*LOGGED} == {*lines[0]} and [name for name, value in lines[0].items() if value is None] == ["peak_gb"]
     assert lines[0]["sign_zero"] == 1.0 and lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert lines[1]["sign_zero"] == 0 and lines[-1]["skipped_rows"] > 0 == lines[-1]["skipped_updates"]
-    files = {"config.json", "metrics.jsonl", "samples", "resume.safetensors"}
+    files = {"config.json", "metrics.jsonl", "samples", "resume.safetensors", "lock"}
     assert {p.name for p in out.iterdir()} == files | {f"checkpoint-{n}" for n in (0, 2, 4)}
     base, last = (Image.open(out / "samples" / f"step-{n}.png") for n in (0, 4))
     assert last.height == 2 * base.height and last.crop((0, 0, *base.size)).tobytes() == base.tobytes()
@@ -402,8 +402,9 @@ def cut_out(*names):
 CUT = "seppo_loss choose_reference predict denoising_error batch_loss SOLVERS sample".split()
 
 
-RUNS = """--solver ddim --guidance 1; --reference latest --beta 300; --method sspo --beta 300 --generate-batch 1;
-    --method spin --guidance 3; --method dpo --caption-dropout 0.6; --method sft; --method ditto --model v"""
+RUNS = """--solver ddim --guidance 1 --beta 30; --reference latest --beta 300; --method spin --guidance 3;
+    --method sspo --beta 300 --generate-batch 1; --method dpo --caption-dropout 0.6; --method sft;
+    --method ditto --model v"""
 
 
 @pytest.mark.parametrize("argv", [part.strip() for part in RUNS.split(";")])
@@ -419,7 +420,7 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
     noising = DDPMScheduler.from_config(pipe.scheduler.config)
     settings = {"clip_sample": False} if o.solver == "ddim" else {}  # of itself it clips: latents are no pixels
     solver = diffusers.DDIMScheduler if o.solver == "ddim" else DPMSolverMultistepScheduler
-    pipe.scheduler = solver.from_config(pipe.scheduler.config, **settings)
+    pipe.scheduler = solver.from_config(pipe.scheduler.config, timestep_spacing="trailing", **settings)
     fetched = rows_of(pairs, 16, "--method", o.method)
 
     def latents(pictures, noise):
@@ -428,7 +429,7 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
 
     def m(x, net):
         abar = noising.alphas_cumprod[t][:, None, None, None]
-        target = abar.sqrt() * eps - (1 - abar).sqrt() * x if o.model == "v" else eps
+        target = abar.sqrt() * eps - (1 - abar).sqrt() * x if noising.config.prediction_type == "v_prediction" else eps
         with torch.no_grad():
             said = net(abar.sqrt() * x + (1 - abar).sqrt() * eps, t, context).sample
         return (said - target).double().square().mean((1, 2, 3))
@@ -513,7 +514,7 @@ def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypat
     contexts, error = [], seppo.denoising_error
     monkeypatch.setattr(seppo, "denoising_error", lambda *args: contexts.append(args[-1]) or error(*args))
     monkeypatch.setattr(seppo, "sample", lambda *args, **o: sizes.append(len(args[2])) or sample(*args, **o))
-    argv = "--method sspo --batch-size 16 --generate-batch 5 --steps 4 --save-every 4 --caption-dropout 1 --lr 0.03"
+    argv = "--method sspo --batch-size 16 --generate-batch 5 --steps 4 --save-every 4 --caption-dropout 1 --lr 0.1"
     assert run(pipeline, data, *argv.split()) == 0
     lines, pairs = metrics(), round(16 * sum(line["sign_pos"] for line in metrics()))
     assert pairs < 48 and sum(sizes) == pairs + 2 * 4 and max(sizes) == 5, "and the sample pictures, twice"
@@ -632,9 +633,11 @@ def test_unet_option(pipeline, pairs, capsys):
         assert run(pipeline, pairs, "--unet", where, "--out", "next", "--steps", 2) == 0
         assert same(weights("next/checkpoint-0/unet"), weights("run/checkpoint-4/unet"))
         shutil.rmtree("next")
-    other = dict(load(pipeline / "unet").config) | {"block_out_channels": (16, 16)}
+    other = dict(load(pipeline / "unet").config) | {"cross_attention_dim": 32}
     UNet2DConditionModel.from_config(other).save_pretrained("wide")
-    assert run(pipeline, pairs, "--unet", "wide", "--out", "x") == 2 and "--unet wide" in capsys.readouterr().err
+    assert (
+        run(pipeline, pairs, "--unet", "wide", "--out", "x") == 2 and "UNet takes (4, 32)" in capsys.readouterr().err
+    )
 
 
 def write_film(path, pictures, codec, rotation=None):
@@ -711,7 +714,7 @@ def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
     pipe.unet.load_state_dict(start, strict=train == "all")  # update 1, by hand
     assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.clip_sample) == ("linear", False)
     noising = DDPMScheduler.from_config(pipe.scheduler.config)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     t, _, eps, noise_w, noise_r = seppo.draws(0, range(4), (4, 4, 8, 8), 1000, 0)
     rows = rows_of(clips, 4, "--motion-adapter", adapter, "--frames", 4)
     with torch.no_grad():
@@ -732,8 +735,8 @@ def test_miniature(monkeypatch, capsys):
     for name, steps in (("mini-untrained", 30), ("mini", 2)):
         monkeypatch.setitem(seppo.MINI, name, seppo.MINI[name] | dict(steps=steps, save_every=steps // 2))
     assert seppo.main(["--device", "cpu"]) == 0 and seppo.main(["--device", "cpu", "--method", "sft"]) == 0
-    assert capsys.readouterr().out.count("mini-untrained") == 1
-    base = weights(seppo.MINI_BASE / "checkpoint-30" / "unet")
+    assert capsys.readouterr().out.count("Done. runs/mini-base-2/") == 1
+    base = weights(f"{seppo.MINI_BASE}/checkpoint-30/unet")
     assert same(base, weights("runs/mini-seppo/checkpoint-0/unet")) and Path("runs/mini-sft").is_dir()
     assert metrics(seppo.MINI_BASE)[-1]["loss"] < 0.8 * metrics(seppo.MINI_BASE)[0]["loss"], "it learns"
     assert metrics("runs/mini-seppo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -761,16 +764,16 @@ REFUSED = """--lr 0 => --lr must be positive
 --frames 4 => clips need --motion-adapter
 --model MODEL --data y --motion-adapter x --frames 1 --resolution 64 => --frames 2 or more
 --model no-such/model --data PAIRS --resolution 64 => --model no-such/model cannot be read
---model EMPTY --data PAIRS --resolution 64 => --model empty cannot be read
---model MODEL --data pickapic --resolution 64 => another copy: --data Pulkit996/pick-a-pic-v2
+--model EMPTY --data PAIRS --resolution 64 => empty cannot be read
+--model MODEL --data pickapic --resolution 64 => Pulkit996/pick-a-pic-v2
 --model MODEL --data no/such --resolution 64 => --data no/such cannot be read
 --model MODEL --data EMPTY --resolution 64 => no captioned pictures
 --model MODEL --data OUTSIDE --resolution 64 => outside the folder
 --model MODEL --data PAIRS --resolution 64 --unet ADAPTER => holds a MotionAdapter
 --model MODEL --data CLIPS --resolution 64 --motion-adapter MODEL => holds a UNet2DConditionModel
---model MODEL --data PAIRS --resolution 64 --motion-adapter ADAPTER => clips are read from folders
---model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --frames 9 => knows 8 at most
---model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --method dpo => no losing pictures
+--model MODEL --data PAIRS --resolution 64 --motion-adapter ADAPTER => no folder of captioned clips
+--model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --frames 9 => too many for this motion adapter
+--model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --frames 4 --method dpo => 100 rows in a row
 --model MODEL --data PAIRS --resolution 64 --out FILE => cannot be written
 --model MODEL --data PAIRS --resolution 64 --out OTHER => choose another"""
 
@@ -798,7 +801,7 @@ BROKEN = {
     "rows in a row are of no use": dict(label_0=[0.5] * 8),
     "no readable picture": dict(jpg_0=[str(HERE / "LICENSE")] * 8, jpg_1=["x"] * 8),
     "x.parquet cannot be read": b"PAR1" + bytes(500) + b"PAR1",
-    "": dict(label_0=[True, False] * 4),
+    "": dict(label_0=[True, False] * 4, label_1=["0", "1"] * 4),
 }
 
 
@@ -1075,7 +1078,7 @@ REFUSED = (
     "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts object.json: holds no list|"
     "--prompts null.jsonl: no prompt|--model no: --model no cannot be read|--max-prompts 0: must be positive|"
     "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: add --motion-adapter|"
-    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: python seppo.py trains it"
+    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: python seppo.py makes"
 ).split("|")
 
 

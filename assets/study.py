@@ -52,11 +52,11 @@ def load_base():
     o = seppo.parse_args(["--model", "mini-untrained", "--out", str(seppo.MINI_BASE), "--device", "cpu"])
     if not (o.out / f"checkpoint-{o.steps}").is_dir():
         seppo.train(o)
-    return seppo.load_mini("mini")
+    return seppo.load_unet(seppo.MINI_BASE, "UNet2DConditionModel")
 
 
 def load_net(folder):
-    return seppo.load_unet(folder, diffusers.UNet2DConditionModel)
+    return seppo.load_unet(folder, "UNet2DConditionModel")
 
 
 def mini_pictures(unet, captions, noise):
