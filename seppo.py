@@ -638,7 +638,9 @@ def of_train(source, names):
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
 FOLDER_OR_ID = "it takes a hub id, or a folder: of a single file StableDiffusionPipeline.from_single_file(FILE)"
-FOLDER_OR_ID += ".save_pretrained(FOLDER) makes one; load and fuse a LoRA first; python seppo.py makes the miniature's"
+FOLDER_OR_ID += (
+    ".save_pretrained(FOLDER) makes one, fusing a LoRA first; python seppo.py the miniature's; runs: --unet"
+)
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
 
@@ -700,7 +702,7 @@ def load_unet(name, *kinds):
     else:
         raise OSError("no configuration of a UNet")
     need(found in kinds, f"{name} holds a {found}, not a {' or '.join(kinds)}")
-    print(f"{found}: {where}/{part}")
+    print(f"{found}: {Path(where, part) if Path(where, part).exists() else where}")
     return load_whole(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import copy
+import fcntl
 import functools
 import io
 import json
@@ -14,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may look for a hub
@@ -29,7 +32,7 @@ import transformers
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -281,16 +284,75 @@ def test_the_hub_is_read_by_row_groups(monkeypatch):
     pytest.raises(seppo.UserError, seppo.open_data, options("me/pairs"))
 
 
-def test_picture_folders(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i, 80 + i))
-        (tmp_path / f"{i}.txt").write_text(f"caption {i}\n", "utf-8")
-    (tmp_path / "uncaptioned.jpg").write_bytes(jpeg(9))
-    (tmp_path / "._0.jpg").write_bytes(b"Mac OS X")
-    assert {row[1].strip() for row in rows_of(tmp_path, 8)} == {f"caption {i}" for i in range(3)}
-    lines = [json.dumps({"file_name": f"{i}.jpg", "text": f"line {i}"}) for i in range(3)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    assert {row[1] for row in rows_of(tmp_path, 3)} == {f"line {i}" for i in range(3)}
+def pictures(folder, names, **captions):
+    """Small JPEGs (but for other endings), and their captions: text, or bytes as they are."""
+    for i, name in enumerate(names.split()):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(i))
+        caption = captions.get(path.stem, f"caption {path.stem}")
+        path.with_suffix(".txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
+    return folder
+
+
+def captions_of(folder, n=20):
+    return {row[1].strip() for row in rows_of(folder, n)}
+
+
+def test_picture_folders(tmp_path, capsys):
+    """A picture with a caption is data. Nothing hidden is, nothing of a run, no Parquet beside captions."""
+    folder = pictures(tmp_path / "a [b]", "0.jpg 1.JFIF 2.jpe deep/3.png .hidden/4.jpg 6.avif old/samples/7.jpg")
+    (folder / "._0.jpg").write_bytes(b"Mac OS X")
+    (folder / "uncaptioned.jpg").write_bytes(jpeg(9))
+    (folder / "2.txt").rename(folder / "2.TXT")
+    (folder / "old/checkpoint-0").mkdir()
+    (folder / "old/config.json").write_text("{}")
+    write_parquet(folder / "scores.parquet", {"score": [1.0]})
+    assert captions_of(folder) == {"caption 0", "caption 1", "caption 2", "caption 3"}
+    assert "1 left out (6.avif, ...)" in capsys.readouterr().out
+    lines = [{"file_name": f"{i}.jpg", "text": f"line {i}"} for i in (0, 3)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert captions_of(folder) == {"line 0"} and "names" in capsys.readouterr().out, "3.jpg is not there"
+    (folder / "metadata.jsonl").rename(folder / "deep/metadata.jsonl")
+    shutil.copy(folder / "0.jpg", folder / "deep/train.jpg")
+    (folder / "deep/metadata.jsonl").write_text(json.dumps([{"file_name": "train.jpg", "text": "a list"}]))
+    assert captions_of(folder) == {"a list"}
+    pairs = write_parquet(tmp_path / "pairs [1]" / "x::y.parquet", pickapic_rows(4)).parent
+    (pairs / "uncaptioned.jpg").write_bytes(jpeg(9))
+    assert captions_of(pairs) == {f"picture {i}" for i in range(4)}
+
+
+def test_captions_are_read_or_counted_never_garbage(tmp_path):
+    said = dict(
+        a=b"\xef\xbb\xbfcaf\xc3\xa9",
+        b="caf\xe9".encode("utf-16"),
+        c="caf\xe9".encode("cp1252"),
+        d="\u5915".encode("sjis"),
+    )
+    rows = rows_of(pictures(tmp_path / "p", "a.jpg b.jpg c.jpg d.jpg", **said), 20)
+    assert {row[1] for row in rows} == {"caf\xe9"} and sum(row[-1] for row in rows) >= 10
+
+
+def test_labels_are_preferences(tmp_path):
+    """With label_1 there, the two must say the opposite; numbers may be text or truth values."""
+    rows = pickapic_rows(8) | {"label_0": ["1", "0"] * 4, "label_1": ["0", "1", "1", "0", None, "1", "0", "1"]}
+    fetched = rows_of(write_parquet(tmp_path / "x.parquet", rows), 16)
+    assert {row[1] for row in fetched} == {f"picture {i}" for i in (0, 1, 5, 6, 7)}
+
+
+def test_a_folder_is_the_same_however_it_is_spelled(pipeline, tmp_path, monkeypatch, capsys):
+    data = pictures(tmp_path / "mine", "0.jpg 1.jpg")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in (data, f"{data}/", "mine", "./mine/../mine", "~/mine"):
+        assert run(pipeline, spelling, "--steps", 1) == 0, capsys.readouterr().err
+    assert run(f"{pipeline}/", data, "--steps", 1) == 0
+    names = {seppo.parse_args(["--model", str(pipeline), "--data", name]).out for name in ("mine", "mine/", str(data))}
+    assert len(names) == 1
+    assert run(pipeline, pictures(tmp_path / "other", "0.jpg 1.jpg"), "--steps", 1) == 2, "another folder is another"
+    for name, refused in (("../secret.jpg", True), ("a/../../secret.jpg", True), (data / "0.jpg", False)):
+        (data / "metadata.jsonl").write_text(json.dumps({"file_name": str(name), "text": "a"}))
+        assert run(pipeline, "mine", "--steps", 1, "--out", f"{refused}") == (2 if refused else 0)
+        assert not refused or "outside the folder" in capsys.readouterr().err
 
 
 def useless_pictures():
@@ -312,7 +374,18 @@ def odd_pictures():
     odd = {"1 pixel": encoded(Image.new("L", (1, 1), 200), "PNG"), "wide": encoded(grey.resize((30000, 1)), "PNG")}
     odd |= {"16-bit": encoded(deep, "PNG"), "CMYK": encoded(inks, "JPEG"), "WebP": encoded(grey, "WEBP")}
     odd |= {"animated": encoded(grey, "GIF", save_all=True, append_images=[Image.new("L", (64, 48), 0)] * 3)}
-    return odd | {"EXIF": encoded(grey, "JPEG", exif=rotated), "of datasets": {"bytes": encoded(grey, "PNG")}}
+    notes, clear = PngImagePlugin.PngInfo(), Image.new("LA", (64, 64), (0, 0))
+    notes.add_text("workflow", "x" * 70_000_000, zip=True)
+    clear.paste((200, 255), (0, 0, 64, 64))
+    odd |= {
+        "notes": encoded(grey, "PNG", pnginfo=notes),
+        "profile": encoded(grey, "PNG", icc_profile=bytes(3_000_000)),
+    }
+    odd |= {"EXIF": encoded(grey, "JPEG", exif=rotated), "of datasets": {"bytes": encoded(grey, "PNG")}}
+    return odd | {
+        "odd EXIF": encoded(grey, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+        "opaque": encoded(clear, "PNG"),
+    }
 
 
 def winners_of(*rows):
@@ -332,6 +405,13 @@ def test_a_useless_picture_is_replaced(kind, monkeypatch):
 def test_an_odd_picture_is_a_picture(kind):
     _, _, pixels, _, replaced = winners_of(("a", odd_pictures()[kind], None))[0]
     assert replaced == 0 and pixels.shape == (3, 64, 64) and pixels.mean().item() == pytest.approx(0.57, abs=0.03)
+
+
+def test_transparency_lies_on_white():
+    palette = Image.new("P", (64, 64), 0)
+    palette.info["transparency"] = 0
+    for image in (Image.new("RGBA", (64, 64), (0, 0, 0, 0)), Image.new("LA", (64, 64), 0), palette):
+        assert seppo.to_pixels(encoded(image, "PNG"), options("y")).min() == 1
 
 
 def test_pixels_and_captions(pipeline):
@@ -465,6 +545,21 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
         for name, values in means.items():
             wanted = pytest.approx(values.mean().item(), rel=1e-3) if len(values) else None
             assert line[name] == wanted, f"{name}, update {u}"
+
+
+def test_a_solver_is_what_its_name_says(pipeline, pairs, capsys):
+    """Of the model's own scheduler it takes noise levels and kind of prediction, nothing else."""
+    own = json.loads((pipeline / "scheduler/scheduler_config.json").read_text())
+    others = {"a": {}, "b": dict(timestep_spacing="leading"), "c": dict(solver_order=3, use_karras_sigmas=True)}
+    others |= {"d": dict(thresholding=True, clip_sample=True), "zero": dict(rescale_betas_zero_snr=True)}
+    for name, more in others.items():
+        shutil.copytree(pipeline, name)
+        Path(name, "scheduler/scheduler_config.json").write_text(json.dumps(own | more))
+        assert run(name, pairs, "--steps", 1, "--out", f"{name}-run") == 0
+    sampler = [json.loads(Path(f"{name}-run/config.json").read_text())["sampler"] for name in others]
+    assert all(settings == sampler[0] for settings in sampler[:4]) and sampler[0]["solver_order"] == 2
+    assert all(metrics(f"{name}-run")[0]["policy_r"] == metrics("a-run")[0]["policy_r"] for name in "bcd")
+    assert run("zero", pairs, "--solver", "pndm", "--out", "x") == 2 and "--solver pndm" in capsys.readouterr().err
 
 
 def test_schedule_clipping_and_intervals(pipeline, pairs, monkeypatch):
@@ -638,6 +733,69 @@ def test_unet_option(pipeline, pairs, capsys):
     assert (
         run(pipeline, pairs, "--unet", "wide", "--out", "x") == 2 and "UNet takes (4, 32)" in capsys.readouterr().err
     )
+
+
+def test_which_weights(pipeline, pairs, capsys):
+    """WHERE/unet, else WHERE, else a run's last checkpoint; in half precision too. A single file is refused."""
+    assert run(pipeline, pairs, "--save-every", 1, "--steps", 2) == 0
+    shutil.copytree("run/checkpoint-1/unet", "out/unet")
+    shutil.copytree("run/checkpoint-2", "out/checkpoint-9")
+    taken = {"run": "run/checkpoint-2/unet", "out": "out/unet", "out/unet": "out/unet", "run/checkpoint-1": "out/unet"}
+    for where, unet in taken.items():
+        found = seppo.load_unet(where, "UNet2DConditionModel")
+        assert same(found.state_dict(), weights(unet)) and "UNet2DConditionModel: " in capsys.readouterr().out
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float16, low_cpu_mem_usage=False)
+    pipe.save_pretrained("half", variant="fp16")
+    assert run("half", pairs, "--steps", 1, "--out", "half-run") == 0
+    halves = {name: p.half().float() for name, p in weights(pipeline / "unet").items()}
+    assert same(weights("half-run/checkpoint-0/unet"), halves)
+    for name in ("model.safetensors", "lora/pytorch_lora_weights.safetensors"):
+        Path("lora").mkdir(exist_ok=True)
+        save_file({"x": torch.zeros(1)}, name)
+        for option in ("--model", "--unet"):
+            argv = ["--model", str(pipeline), "--data", str(pairs), option, str(Path(name)), *TINY, "--out", "y"]
+            assert seppo.main(argv) == 2 and "from_single_file" in capsys.readouterr().err
+
+
+def test_one_run_a_folder(pipeline, pairs, monkeypatch, capsys):
+    """A second is refused, the first undisturbed; of the miniature's base model the second waits."""
+    Path("run").mkdir()
+    for folder, steps in (("run", 1), (seppo.MINI_BASE, 2)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    with open("run/lock", "a") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        assert run(pipeline, pairs) == 2 and "another command works on run" in capsys.readouterr().err
+        assert [path.name for path in Path("run").iterdir()] == ["lock"]
+    assert run(pipeline, pairs, "--steps", 1) == 0
+    for name in ("mini-untrained", "mini"):
+        monkeypatch.setitem(seppo.MINI, name, seppo.MINI[name] | dict(steps=1, save_every=1))
+    first = open(f"{seppo.MINI_BASE}/lock", "a")
+    fcntl.flock(first, fcntl.LOCK_EX)
+    threading.Timer(1, first.close).start()
+    begun = time.monotonic()
+    assert seppo.main(["--device", "cpu"]) == 0 and time.monotonic() - begun > 1
+
+
+def test_micro_batch_from_the_memory():
+    o = seppo.parse_args(["--model", "m", "--data", "d", "--device", "cpu"])
+    o.dtype = "fp16"
+    room = {24: 1, 40: 4, 48: 8, 80: 16, 141: 32}  # GB of a card: with 15.5 of them taken, and a tenth left free
+    assert {gb: seppo.choose_micro_batch(o, 0.9 * gb - 15.5 - 3.5) for gb in room} == room
+    more = {"gradient_checkpointing": 64, "resolution": 4, "batch_size": 2, "dtype": 8}
+    for (name, n), value in zip(more.items(), (True, 1024, 6, "fp32")):
+        other = argparse.Namespace(**vars(o) | {name: value})
+        assert seppo.choose_micro_batch(other, 53) == n, name
+    assert seppo.choose_micro_batch(o, -19) == 1, "there is no GPU"
+
+
+def test_moments_have_the_strides_of_the_weights(tmp_path):
+    """Fused Adam walks memory flat: a state is copied into what is there, whatever device it comes from."""
+    state = torch.randn(2, 3, 4, 5)
+    save_file({"x": state}, tmp_path / "state.safetensors")
+    there = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    strides = there.stride()
+    seppo.fill({"x": there}, tmp_path / "state.safetensors")
+    assert torch.equal(there, state) and there.stride() == strides != state.stride()
 
 
 def write_film(path, pictures, codec, rotation=None):
@@ -1078,7 +1236,7 @@ REFUSED = (
     "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts object.json: holds no list|"
     "--prompts null.jsonl: no prompt|--model no: --model no cannot be read|--max-prompts 0: must be positive|"
     "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: add --motion-adapter|"
-    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: python seppo.py makes"
+    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: python seppo.py the"
 ).split("|")
 
 
