@@ -637,10 +637,8 @@ def of_train(source, names):
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "it takes a hub id, or a folder: of a single file StableDiffusionPipeline.from_single_file(FILE)"
-FOLDER_OR_ID += (
-    ".save_pretrained(FOLDER) makes one, fusing a LoRA first; python seppo.py the miniature's; runs: --unet"
-)
+FOLDER_OR_ID = "it takes a hub id or a folder, which StableDiffusionPipeline.from_single_file(FILE).save_pretrained("
+FOLDER_OR_ID += "FOLDER) makes of a file (fuse a LoRA first), python seppo.py of the miniature; a run goes to --unet"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
 

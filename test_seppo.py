@@ -1236,7 +1236,7 @@ REFUSED = (
     "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts object.json: holds no list|"
     "--prompts null.jsonl: no prompt|--model no: --model no cannot be read|--max-prompts 0: must be positive|"
     "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: add --motion-adapter|"
-    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: python seppo.py the"
+    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: python seppo.py of the"
 ).split("|")
 
 
