@@ -899,7 +899,7 @@ def begin(o, data, trainer):
     print(
         f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}, micro-batches"
         f" of {o.micro_batch}, on {o.world} x {o.device}. {250 * trains:.1f} M weights train. {static:.3g} GB memory"
-        f" and activations; {3 * trains + checkpoints * saved:.3g} GB of disk, {checkpoints} checkpoints"
+        f" and activations; {6 * trains + checkpoints * saved:.3g} GB of disk, {checkpoints} checkpoints"
     )
 
 
