@@ -1259,16 +1259,47 @@ def test_evaluation_refusals(evaluate, pipeline, case, capsys):
 
 
 def test_a_cell_of_the_study(monkeypatch):
-    """It repeats to the bit."""
+    """It repeats to the bit, in either world."""
     few = dict(steps=2, save_every=1, batch_size=8, micro_batch=8, generate_batch=8, sampler_steps=2)
     changes = {"mini-untrained": dict(steps=5, save_every=5), "mini": few}
     monkeypatch.setattr(seppo, "MINI", {name: seppo.MINI[name] | changes[name] for name in changes})
+    monkeypatch.setattr(study, "NEAR", ["--method", "sft", "--steps", "3"])
     monkeypatch.setitem(evaluation.NAMED, "mini", 32)
     monkeypatch.setattr(study, "anchor_truth", functools.partial(study.anchor_truth, n=8, many=2))
-    study.load_base()
-    cell = ("sspo", 1e-3, 5, 10)
-    a, b = (study.run_cell(out, *cell, keep=True) | {"argv": 0} for out in ("a", "b"))
-    assert a == b and "precision" in a
+    ends = {}
+    for world, folder in study.base_models().items():
+        cell = (world, folder, "sspo", 1e-3, 5, 10)
+        a, b = (study.run_cell(*cell, truth=True) for _ in range(2))
+        assert a == b and "precision" in a and study.place(world, *cell[2:]).joinpath("checkpoint-2").is_dir()
+        ends[world] = study.load_net(folder).state_dict()
+    assert not same(ends["far"], ends["near"])
+
+
+def test_the_studys_tables_from_planted_scores(tmp_path, monkeypatch):
+    """What does nothing shows no effect, however many cells are tried; a best cell at the edge goes one step on."""
+    effect = {"seppo": {(1e-4, 25): 0.2}, "sspo": {(3e-4, 5): 0.1, (9e-4, 5): 0.3}, "dpo": {(1e-5, 5): -0.4}}
+
+    def make(self, cells, what, truth=False):
+        for world, v, lr, beta, seed in cells:
+            luck = (seppo.key(world, v, lr, beta, seed) % 1000 / 1000 - 0.5) * 0.1
+            line = dict(world=world, variant=v, lr=lr, beta=beta, seed=seed, sign_pos=0.25)
+            line["score"] = 0.4 + effect.get(v, {}).get((lr, beta), 0) + luck
+            rates = dict.fromkeys(("better", "minus", "precision", "recall", "precision_many", "recall_many"), 0.5)
+            self.lines[self.key(line)] = line | (rates if truth and v in ("seppo", "sspo") else {})
+
+    monkeypatch.setattr(study.Runs, "make", make)
+    monkeypatch.setattr(study, "base_models", lambda: {"far": "a", "near": "b"})
+    for name, value in {"load_net": 0, "draw_strip": 0, "mini_mean": 0.4}.items():
+        monkeypatch.setattr(study, name, lambda *args, value=value: value)
+    study.study(argparse.Namespace(**study.FULL), tmp_path)
+    rows = [line[2:-2].split(" | ") for line in (tmp_path / "study.md").read_text().splitlines() if " ± " in line]
+    rows = {row[0]: row[1:] for row in rows[: len(study.VARIANTS)]}  # of the first world
+    assert rows["seppo"][:2] == ["0.0001", "25"] and rows["sspo"][:2] == ["0.0009*", "5"]
+    for name, score in {"spin": 0.4, "ditto": 0.4, "sft": 0.4, "seppo": 0.6, "sspo": 0.7}.items():
+        mean, half = map(float, rows[name][2].split(" ± "))
+        assert abs(mean - score) <= half < 0.04, name
+    assert float(rows["dpo"][5]) < 0.05 and rows["sspo"][7] == "25%" and rows["seppo"][9] == "50% ± 0%"
+    assert Image.open(tmp_path / "heat.png").width > 900
 
 
 # ---- Slow: SLOW=1 python -m pytest -k slow --------------------------------------------------------------------------

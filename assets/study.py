@@ -1,11 +1,12 @@
-"""The study: all methods on the miniature, with what the paper's comparisons lack.
+"""The study: all methods on the miniature, in two worlds, with what the paper's comparisons lack.
 
-    python assets/study.py            # 322 runs, hours on two cores; killed, the same command goes on
-    python assets/study.py --small    # 27 runs, minutes: the machinery, not the verdict
+    python assets/study.py            # about 550 runs, hours on two cores; killed, the same command goes on
+    python assets/study.py --small    # 18 runs, minutes: the machinery, not the verdict
 
-One budget for all, each method at its own learning rate and beta (one grid, on seeds of its own), and intervals over
-other seeds. A cell is an ordinary run of seppo.py. In --out lie then study.md (the comparison), heat.png (every method
-over the grid) and strip.png (samples at equal noise).
+In the world `far` the base model is far from what people like; in `near` it has learned from the liked pictures. Each
+method has its own lr and beta, chosen in three steps, so that luck is not chosen too: a grid on 2 seeds (and once a
+value beyond its edge, where the best cell lies there); the best two on 4 more; the better by all six on fresh seeds,
+which alone are reported. A run is a line of study.jsonl, of which study.md and the pictures are made.
 """
 
 import argparse
@@ -26,41 +27,51 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 
 import eval as evaluation  # noqa: E402
 import seppo  # noqa: E402
 
 VARIANTS = {method: ["--method", method] for method in seppo.METHODS}
-VARIANTS |= {  # single switches from seppo
-    "random, no flip": ["--flip", "none"],
-    "latest, sign": ["--reference", "latest"],
-    "initial, sign": ["--reference", "initial"],
-}
-PLANS = {
-    "full": dict(lr=(1e-5, 3e-5, 1e-4, 3e-4, 9e-4), beta=(5, 25, 125), tuning=(0, 1), seeds=range(10, 18)),
-    "small": dict(lr=(1e-4,), beta=(5,), tuning=(0,), seeds=range(10, 12)),
-}
+VARIANTS |= {"random, no flip": ["--flip", "none"], "initial, sign": ["--reference", "initial"]}  # switches from seppo
+NEAR = ["--method", "sft", "--steps", "300", "--lr", "9e-4"]  # what the base of `near` has learned before
+FULL = dict(variants=[*VARIANTS], lr=(1e-5, 3e-5, 1e-4, 3e-4), beta=(5, 25), beyond=True)
+FULL |= dict(grid=(0, 1), chosen=(2, 3, 4, 5), fresh=tuple(range(10, 18)))
+SMALL = dict(variants=["seppo", "sspo", "sft"], lr=(1e-4,), beta=(5,), beyond=False)
+SMALL |= dict(grid=(0,), chosen=(), fresh=(10, 11))
+BEYOND = {1e-5: 3e-6, 3e-4: 9e-4, 5: 1, 25: 125}  # the edges, and what lies beyond them
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by the number of seeds
 
 
-# ---- A cell ---------------------------------------------------------------------------------------------------------
+# ---- A run ----------------------------------------------------------------------------------------------------------
 
 
-def load_base():
-    """The miniature's base model, trained here, once, before many processes need it."""
-    o = seppo.parse_args(["--model", "mini-untrained", "--out", str(seppo.MINI_BASE), "--device", "cpu"])
-    if not (o.out / f"checkpoint-{o.steps}").is_dir():
-        seppo.train(o)
-    return seppo.load_unet(seppo.MINI_BASE, "UNet2DConditionModel")
+def quietly(argv):
+    """The command, on one thread -> its exit code, and what it said last."""
+    torch.set_num_threads(1)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        code = seppo.main(argv)
+    return code, said.getvalue().rpartition("seppo.py: ")[2].strip()
 
 
 def load_net(folder):
-    return seppo.load_unet(folder, "UNet2DConditionModel")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return seppo.load_unet(folder, "UNet2DConditionModel")
+
+
+def base_models():
+    """{world: its base model's folder}, trained once, before many processes need them."""
+    far = Path(seppo.MINI_BASE, f"checkpoint-{seppo.MINI['mini-untrained']['steps']}")
+    near, steps = Path("runs/study-near"), seppo.parse_args(NEAR).steps
+    if not (near / f"checkpoint-{steps}").is_dir() or not far.is_dir():
+        code, said = quietly([*NEAR, "--device", "cpu", "--out", str(near)])
+        seppo.need(code == 0, said)
+    return {"far": str(far), "near": str(near / f"checkpoint-{steps}")}
 
 
 def mini_pictures(unet, captions, noise):
-    """(N, 3, 16, 16) pictures that a net draws, in [-1, 1]."""
     codec = seppo.Miniature("cpu")
     context, empty = codec.encode_text(captions), codec.encode_text([""])
     settings = dict(steps=seppo.SMALL["sampler_steps"], guidance=seppo.SMALL["guidance"])
@@ -68,7 +79,6 @@ def mini_pictures(unet, captions, noise):
 
 
 def mini_mean(unet):
-    """The mean score of a net's pictures for `mini`'s prompts."""
     prompts = evaluation.read_prompts("mini")
     noise = torch.stack(evaluation.start_noise(prompts, (12, 8, 8)))
     return seppo.mini_score(mini_pictures(unet, prompts, noise), prompts).mean().item()
@@ -77,12 +87,9 @@ def mini_mean(unet):
 @torch.no_grad()
 def anchor_truth(run, rule, n=256, many=16):
     """What the anchor's sign is worth, where the truth is known: over the pairs of a run's checkpoints, the later one
-    as policy, the earlier one as a reference that the rule allows, on n winners each. -> rates:
-
-    better: x^r scores above what the policy draws from the same noise. Where the sign is -1 ("take x^r for a winner"):
-    precision and recall for that; precision_many, as if the anchor's two errors were means over many draws of (t, eps)
-    instead of one.
-    """
+    as policy, the earlier one as a reference that the rule allows, on n winners each. -> rates. better: x^r scores
+    above what the policy draws from the same noise. minus: the sign is -1 ("take x^r for a winner"); precision and
+    recall of that, with one draw of (t, eps) for the anchor, and `_many`: the errors are means over 16."""
     captions, winners, _ = zip(*seppo.mini_rows("mini")[:n])
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
     chance = [seppo.draws(f"truth {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
@@ -94,142 +101,170 @@ def anchor_truth(run, rule, n=256, many=16):
         scores.append(seppo.mini_score(mini_pictures(unet, captions, start), captions))
     pairs = []
     for policy in range(1, len(scores)):
-        allowed = {"random": range(policy), "latest": [policy - 1], "initial": [0]}[rule]
-        pairs += [(reference, policy) for reference in allowed]
+        pairs += [(reference, policy) for reference in {"random": range(policy), "initial": [0]}[rule]]
     better = torch.cat([scores[r] > scores[p] for r, p in pairs])
     minus = torch.cat([errors[r][0] < errors[p][0] for r, p in pairs])
     minus_many = torch.cat([errors[r].mean(0) < errors[p].mean(0) for r, p in pairs])
-
-    def share(mask, of):
-        return (mask & of).sum().item() / max(1, of.sum().item())
-
-    return {
-        "better": better.float().mean().item(),
-        "precision": share(better, minus),
-        "recall": share(minus, better),
-        "precision_many": share(better, minus_many),
-    }
+    share = lambda mask, of: (mask & of).sum().item() / max(1, of.sum().item())
+    rates = {"better": better.float().mean().item(), "minus": minus.float().mean().item()}
+    rates |= {"precision": share(better, minus), "recall": share(minus, better)}
+    return rates | {"precision_many": share(better, minus_many), "recall_many": share(minus_many, better)}
 
 
-def cell_folder(out, variant, lr, beta, seed):
-    return Path(out, re.sub(r"\W+", "-", variant) + f"-lr{lr:g}-beta{beta:g}-seed{seed}")
+def place(world, variant, lr, beta, seed):
+    return Path("runs/study", re.sub(r"\W+", "-", f"{world}-{variant}-lr{lr:g}-beta{beta:g}-seed{seed}"))
 
 
-def run_cell(out, variant, lr, beta, seed, keep=False):
-    """One cell -> {"score": the mean of 480 pictures (0, as plain grey, if the loss ceased to be finite), ...}; from
-    the disk if it was done before. keep: its final net stays, and the anchor's sign is held against the truth."""
-    run = cell_folder(out, variant, lr, beta, seed)
-    path = run.with_name(run.name + ".json")
-    if path.exists():
-        return json.loads(path.read_text())
+def run_cell(world, base, variant, lr, beta, seed, truth=False):
+    """One run -> its line. score: the mean of 480 pictures (0, as plain grey, if the loss ceased to be finite).
+    truth: the anchor's sign is held against the truth, and the final net stays."""
+    run = place(world, variant, lr, beta, seed)
+    shutil.rmtree(run, ignore_errors=True)  # what a kill left
     argv = ["--lr", f"{lr:g}", "--seed", f"{seed}", "--device", "cpu", "--out", str(run), *VARIANTS[variant]]
     argv += ["--beta", f"{beta:g}"] if beta else []
-    torch.set_num_threads(1)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        code, o = seppo.main(argv), seppo.parse_args(argv)
-    reason = said.getvalue().rpartition("seppo.py: ")[2].strip()
-    diverged = code != 0 and "not finite" in reason
-    seppo.need(code == 0 or diverged, f"a cell of the study failed: python seppo.py {' '.join(argv)}: {reason}")
-    last = run / f"checkpoint-{o.steps}"
-    cell = {"argv": argv, "score": 0.0 if diverged else mini_mean(load_net(last))}
-    if o.loser == "generated":
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for sign in ("sign_neg", "sign_zero", "sign_pos"):  # of a skipped update there is none
-            cell[sign] = [line[sign] for line in lines if line[sign] is not None]
-        if keep and o.flip != "none" and not diverged:
-            cell |= anchor_truth(run, o.reference)
-    with seppo.whole(path) as file:
-        file.write_text(json.dumps(cell))
-    (run / "resume.safetensors").unlink(missing_ok=True)  # there are hundreds of runs
-    for checkpoint in run.glob("checkpoint-*"):
-        if not keep or checkpoint != last:
-            shutil.rmtree(checkpoint)
+    argv += ["--unet", base] if world == "near" else []
+    code, reason = quietly(argv)
+    seppo.need(code == 0 or "not finite" in reason, f"python seppo.py {' '.join(argv)}: {reason}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        o = seppo.parse_args(argv)
+    last, lines = run / f"checkpoint-{o.steps}", (run / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, lines) if line["sign_neg"] is not None]
+    cell = dict(
+        world=world, variant=variant, lr=lr, beta=beta, seed=seed, score=0.0 if code else mini_mean(load_net(last))
+    )
+    for sign in ("sign_neg", "sign_zero", "sign_pos") if lines else ():
+        cell[sign] = sum(line[sign] for line in lines) / len(lines)
+    if truth and code == 0 and o.flip != "none":
+        cell |= anchor_truth(run, o.reference)
+    for path in run.iterdir():
+        if path.is_file():
+            path.unlink()
+        elif path != last or not truth:
+            shutil.rmtree(path)
     return cell
 
 
-def run_cells(out, cells, keep, what):
-    """-> {cell: its result}, on all cores. What is done already is only read."""
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(run_cell, out, *cell, keep=keep) for cell in cells]
-        for _ in tqdm(as_completed(jobs), desc=what, total=len(jobs), unit="run"):
-            pass
-        return {cell: job.result() for cell, job in zip(cells, jobs)}
+class Runs:
+    """The lines there are, and those that are still to be made."""
+
+    key = staticmethod(lambda line: tuple(line[name] for name in ("world", "variant", "lr", "beta", "seed")))
+
+    def __init__(self, path, bases):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self.path, self.bases = path, bases
+        self.lines = {self.key(line): line for line in map(json.loads, path.read_text().splitlines())}
+
+    def make(self, cells, what, truth=False):
+        """Runs what is missing of these cells (world, variant, lr, beta, seed), on all cores."""
+        missing = [cell for cell in dict.fromkeys(cells) if cell not in self.lines]
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            jobs = [pool.submit(run_cell, c[0], self.bases[c[0]], *c[1:], truth) for c in missing]
+            for job in tqdm(as_completed(jobs), desc=what, total=len(jobs), unit="run"):
+                line = job.result()
+                self.lines[self.key(line)] = line
+                with open(self.path, "a") as file:
+                    print(json.dumps(line), file=file)
+
+    def mean(self, seeds, *point):
+        return sum(self.lines[*point, seed]["score"] for seed in seeds) / len(seeds)
 
 
 # ---- The comparison -------------------------------------------------------------------------------------------------
 
-HEADS = ["method", "lr", "beta", "score", "minus sft", "minus seppo", "grid cells below the base"]
-HEADS += ["sign -1: first half", "second half", "x^r better", "where the sign is -1", "where it is +1"]
-HEADS += ["recall of -1", "where 16 draws say -1"]
+LEGEND = """Score: the mean of 480 pictures, over {seeds}; ± is its 95 % interval (Student's t, not corrected
+for the number of comparisons), differences are paired by seed; * lies beyond the grid. Worst cell, cells below the
+base: of the grid. Made x^r: the share of winners that got a sample. x^r better: than the policy's own from the same
+noise; precision and recall of the sign -1 for that, by one draw of (t, eps) and by 16. {runs} runs.
+"""
 
 
-def interval(values):
-    """Mean and half the 95 % interval (Student's t) of what the seeds gave."""
+def interval(values, form="{:.3f} ± {:.3f}"):
     values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), T95[len(values)] * values.std().item() / len(values) ** 0.5
+    return form.format(values.mean().item(), T95[len(values)] * values.std().item() / len(values) ** 0.5)
 
 
-def anchor_cells(variant, runs):
-    """Of the runs that have an anchor and did not diverge: how often its sign is -1, and what that is worth."""
-    runs = [run for run in runs if "precision" in run]
-    if len(runs) < 2:
-        return [""] * 7
-    rates = []
-    for run in runs:
-        signs = run["sign_zero" if variant == "sspo" else "sign_neg"]  # the indicator makes 0 of -1
-        half = len(signs) // 2
-        both = run["better"] * run["recall"]  # better, and the sign is -1
-        minus = both / max(1e-9, run["precision"])
-        better_at_plus = (run["better"] - both) / max(1e-9, 1 - minus)
-        first, second = sum(signs[:half]) / half, sum(signs[half:]) / (len(signs) - half)
-        row = [first, second, run["better"], run["precision"], better_at_plus, run["recall"], run["precision_many"]]
-        rates.append(row)
-    return ["{:.0%} ± {:.0%}".format(*interval(rate)) for rate in zip(*rates)]
+def choose(runs, plan):  # the three steps -> {(world, variant): (lr, beta)}, and its grid
+    pairs = list(itertools.product(runs.bases, plan.variants))
+    grid = {pair: list(itertools.product(plan.lr, plan.beta if pair[1] != "sft" else (0,))) for pair in pairs}
+    runs.make([(*pair, *at, seed) for pair in pairs for at in grid[pair] for seed in plan.grid], "grid")
+    mean = lambda pair, seeds: lambda at: runs.mean(seeds, *pair, *at)
+    tried = {pair: list(grid[pair]) for pair in pairs}
+    for pair in pairs if plan.beyond else ():
+        lr, beta = max(grid[pair], key=mean(pair, plan.grid))
+        tried[pair] += [(BEYOND[lr], beta)] if lr in BEYOND else []
+        tried[pair] += [(lr, BEYOND[beta])] if beta in BEYOND else []
+    runs.make([(*pair, *at, seed) for pair in pairs for at in tried[pair] for seed in plan.grid], "beyond the edge")
+    two = {pair: sorted(tried[pair], key=mean(pair, plan.grid))[-2:] for pair in pairs}
+    runs.make([(*pair, *at, seed) for pair in pairs for at in two[pair] for seed in plan.chosen], "the best two")
+    return {pair: max(two[pair], key=mean(pair, plan.grid + plan.chosen)) for pair in pairs}, grid
+
+
+def tables(runs, plan, chosen, grid):
+    heads = ["method", "lr", "beta", "score", "minus sft", "minus seppo", "worst cell", "cells below the base"]
+    heads += ["made x^r", "x^r better", "sign -1", "precision", "recall", "16 draws: precision", "recall"]
+    text = []
+    for world in runs.bases:
+        rows, at_base = [heads, ["---"] * len(heads)], runs.lines[world, "base", 0, 0, 0]["score"]
+        fresh = {v: [runs.lines[world, v, *chosen[world, v], seed] for seed in plan.fresh] for v in plan.variants}
+        for v in plan.variants:
+            lr, beta = chosen[world, v]
+            score = [line["score"] for line in fresh[v]]
+            row = [
+                v,
+                f"{lr:g}" + "*" * (lr not in plan.lr),
+                f"{beta:g}" + "*" * (beta not in plan.beta) if beta else "",
+            ]
+            row.append(interval(score))
+            for other in ("sft", "seppo"):
+                minus = [a - b["score"] for a, b in zip(score, fresh[other])]
+                row.append(interval(minus, "{:+.3f} ± {:.3f}") if v != other else "")
+            cells = [runs.mean(plan.grid, world, v, *at) for at in grid[world, v]]
+            row += [f"{min(cells):.3f}", f"{sum(cell < at_base for cell in cells)} of {len(cells)}"]
+            made = [line["sign_pos"] if v == "sspo" else 1.0 for line in fresh[v] if "sign_pos" in line]
+            row.append(f"{sum(made) / len(made):.0%}" if made and v not in ("dpo", "sft") else "")
+            known = [line for line in fresh[v] if "precision" in line]
+            for name in ("better", "minus", "precision", "recall", "precision_many", "recall_many"):
+                row.append(interval([line[name] for line in known], "{:.0%} ± {:.0%}") if len(known) > 1 else "")
+            rows.append(row)
+        text.append(f"## World `{world}`: the base model has {at_base:.3f}\n\n{evaluation.markdown(rows)}\n")
+        rates = sorted({lr for v in plan.variants for lr, _ in grid[world, v]})
+        rows = [["mean over betas and grid seeds", *(f"{lr:g}" for lr in rates)], ["---"] * (1 + len(rates))]
+        for v in plan.variants:
+            at = lambda lr: [runs.mean(plan.grid, world, v, *p) for p in grid[world, v] if p[0] == lr]
+            rows.append([v, *(f"{sum(at(lr)) / len(at(lr)):.3f}" for lr in rates)])
+        text.append(evaluation.markdown(rows) + "\n")
+    settings = ", ".join(map(str, plan.grid + plan.chosen))
+    seeds = f"fresh seeds {plan.fresh[0]} to {plan.fresh[-1]}, the settings on {settings}"
+    text.append(LEGEND.format(seeds=seeds, runs=len(runs.lines) - len(runs.bases)))
+    return "\n".join(text)
 
 
 def study(plan, out):
-    """Everything: tuning, comparison, table, pictures."""
-    plan, base = argparse.Namespace(**plan), load_base()
-    home = out / f"cells-{evaluation.digest(base, seppo.MINI, VARIANTS)}"  # another base, other settings: other cells
-    grids = {v: list(itertools.product(plan.lr, plan.beta if v != "sft" else (0,))) for v in VARIANTS}  # SFT: no beta
-    points = [(v, *at) for v in VARIANTS for at in grids[v]]
-    tuning = run_cells(home, [(*point, seed) for point in points for seed in plan.tuning], False, "tuning")
-    mean = {point: sum(tuning[*point, s]["score"] for s in plan.tuning) / len(plan.tuning) for point in points}
-    best = {v: max(grids[v], key=lambda at: mean[v, *at]) for v in VARIANTS}
-    final = run_cells(home, [(v, *best[v], seed) for v in VARIANTS for seed in plan.seeds], True, "comparison")
-    cells, at_base = {v: [final[v, *best[v], seed] for seed in plan.seeds] for v in VARIANTS}, mini_mean(base)
-    rows = [HEADS, ["---"] * len(HEADS)]
-    for v, runs in cells.items():
-        below = sum(mean[v, *at] < at_base for at in grids[v])
-        row = [v, f"{best[v][0]:g}", f"{best[v][1]:g}" if v != "sft" else ""]
-        row.append("{:.3f} ± {:.3f}".format(*interval([run["score"] for run in runs])))
-        for other in ("sft", "seppo"):
-            minus = interval([a["score"] - b["score"] for a, b in zip(runs, cells[other])])
-            row.append("{:+.3f} ± {:.3f}".format(*minus) if v != other else "")
-        rows.append([*row, f"{below} of {len(grids[v])}", *anchor_cells(v, runs)])
-    text = f"""{evaluation.markdown(rows)}
-
-The miniature's base model: {at_base:.3f}. Score: mean over {len(plan.seeds)} seeds ({min(plan.seeds)} to \
-{max(plan.seeds)}) of the mean of 480 pictures, with its 95 % interval (Student's t); differences: paired by seed. lr \
-and beta: the best of the grid on seeds {", ".join(map(str, plan.tuning))}. {len(tuning) + len(final)} runs of 100 \
-updates of 64 winners."""
-    print("\n" + text)
-    with seppo.whole(out / "study.md") as file:
-        file.write_text(text + "\n", "utf-8")
-    draw_heat(mean, grids, plan.lr, at_base, out / "heat.png")
-    last = f"checkpoint-{seppo.MINI['mini']['steps']}"
-    ends = {v: cell_folder(home, v, *best[v], plan.seeds[0]) / last for v in ("sft", "spin", "seppo") if v in VARIANTS}
-    nets = {"base": base} | {v: load_net(end) for v, end in ends.items() if end.is_dir()}  # what diverged has none
-    draw_strip(nets.values(), out / "strip.png")
-    print(f"\nIn {out}: study.md, heat.png, strip.png ({', '.join(nets)}, seed {plan.seeds[0]}), {home.name}/")
+    """Everything: the runs, the tables, the pictures."""
+    bases = base_models()
+    runs = Runs(out / "study.jsonl", bases)
+    for world, folder in bases.items():
+        line = dict(world=world, variant="base", lr=0, beta=0, seed=0, score=mini_mean(load_net(folder)))
+        runs.lines.setdefault(runs.key(line), line)
+    chosen, grid = choose(runs, plan)
+    runs.make([(*pair, *at, seed) for pair, at in chosen.items() for seed in plan.fresh], "fresh seeds", truth=True)
+    text = tables(runs, plan, chosen, grid)
+    (out / "study.md").write_text(text, "utf-8")
+    draw_heat(runs, plan, grid, out / "heat.png")
+    nets = []
+    for world, folder in bases.items():
+        shown = [v for v in ("sft", "spin", "seppo", "sspo") if v in plan.variants]
+        cells = [(world, v, *chosen[world, v], plan.fresh[0]) for v in shown]
+        nets += [folder, *(path for cell in cells for path in place(*cell).glob("checkpoint-*"))]
+    draw_strip([load_net(folder) for folder in nets], out / "strip.png")
+    print(f"{text}\nIn {out}: study.md, heat.png, strip.png (rows: {', '.join(map(str, nets))})")
 
 
 # ---- The pictures ---------------------------------------------------------------------------------------------------
 
 
 def draw_strip(nets, path):
-    """strip.png: what the nets draw from equal noise, one below the other."""
     captions = seppo.CAPTIONS[:12]
     noise = torch.stack(evaluation.start_noise(captions, (12, 8, 8)))
     pictures = torch.cat([mini_pictures(net, captions, noise) for net in nets])
@@ -238,43 +273,46 @@ def draw_strip(nets, path):
     evaluation.save_png(diffusers.utils.make_image_grid(tiles, len(nets), len(captions)), path)
 
 
-def draw_heat(mean, grids, rates, at_base, path):
-    """heat.png: the mean score of every cell of the grid; white is the base, red below it."""
+def draw_heat(runs, plan, grid, path):
+    """heat.png: the mean score of every cell of the grid, a row of maps a world; white is the base, red below it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 3, figsize=(11, 8), layout="constrained")
-    reach = max(max(mean.values()) - at_base, 1e-3)  # what diverged is far below: it has the darkest red
-    for axis, (v, grid) in zip(axes.flat, grids.items()):
-        betas = sorted({beta for _, beta in grid})
-        values = [[mean[v, lr, beta] for lr in rates] for beta in betas]
-        axis.imshow(values, cmap="RdBu", vmin=at_base - reach, vmax=at_base + reach, aspect="auto")
-        axis.set(title=v, xlabel="lr", ylabel="beta")
-        axis.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-        axis.set_yticks(range(len(betas)), [f"{beta:g}" if beta else "" for beta in betas])
-        for y, x in itertools.product(range(len(betas)), range(len(rates))):
-            ink = "white" if abs(values[y][x] - at_base) > 0.6 * reach else "black"
-            axis.text(x, y, f"{values[y][x]:.2f}", ha="center", va="center", fontsize=8, color=ink)
-    figure.suptitle(f"mean score on the tuning seeds; the base model has {at_base:.2f}")
+    size = dict(figsize=(2.1 * len(plan.variants), 4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(2, len(plan.variants), **size)
+    for row, world in zip(axes, runs.bases):
+        at_base = runs.lines[world, "base", 0, 0, 0]["score"]
+        mean = {(v, *at): runs.mean(plan.grid, world, v, *at) for v in plan.variants for at in grid[world, v]}
+        reach = max(max(mean.values()) - at_base, 1e-3)
+        for axis, v in zip(row, plan.variants):
+            betas = sorted({beta for _, beta in grid[world, v]})
+            values = [[mean[v, lr, beta] for lr in plan.lr] for beta in betas]
+            axis.imshow(values, cmap="RdBu", vmin=at_base - reach, vmax=at_base + reach, aspect="auto")
+            axis.set_title(f"{v} ({world})", fontsize=8)
+            axis.set_xticks(range(len(plan.lr)), [f"{lr:g}" for lr in plan.lr], fontsize=7)
+            axis.set_yticks(range(len(betas)), [f"{beta:g}" if beta else "" for beta in betas], fontsize=7)
+            for y, x in itertools.product(range(len(betas)), range(len(plan.lr))):
+                ink = "white" if abs(values[y][x] - at_base) > 0.6 * reach else "black"
+                axis.text(x, y, f"{values[y][x]:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    figure.suptitle("mean score on the grid's seeds, lr across, beta down; white: the base model", fontsize=9)
     with seppo.whole(path) as file:
         figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
 
 
 def run(argv=None):
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: seppo.need(False, f"{message} (--help lists the options)")
-    parser.add_argument("--small", action="store_true", help="27 runs instead of 322")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="cells that are there are not run again")
+    parser.add_argument("--small", action="store_true", help="18 runs, into runs/study-small")
+    parser.add_argument("--out", type=Path, help="where study.jsonl, tables and pictures lie [beside this script]")
     o = parser.parse_args(argv)
-    study(PLANS["small" if o.small else "full"], o.out)
+    out = o.out or (Path("runs/study-small") if o.small else HERE)
+    study(argparse.Namespace(**(SMALL if o.small else FULL)), out)
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
     return seppo.main(argv, run, "study.py")
 
 
