@@ -4,9 +4,9 @@
     python eval.py --model runwayml/stable-diffusion-v1-5 --unet runs/x/checkpoint-210 --prompts pickapic
     python eval.py --model DIR --unet sft=runs/a seppo=runs/b dpo=mhdang/dpo-sd1.5-text2image-v1 --prompts prompts.txt
 
-A prompt's noise has a seed of its own, the same for every model and in every list of prompts: a model is compared with
-the base picture by picture. `--protocol paper` evaluates as SePPO's authors did. Pictures that are there are not made
-again. There is no safety checker: it would blacken pictures and poison the means.
+A prompt's noise has a seed of its own: a model is compared with the base picture by picture. `--protocol paper`
+evaluates as SePPO's authors did. Pictures that are there are not made again. There is no safety checker: it would
+blacken pictures and poison the means.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import csv
 import functools
 import hashlib
 import html
+import itertools
 import json
 import math
 import pickle
@@ -32,7 +33,7 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import MotionAdapter, UNetMotionModel
+from diffusers import DDPMScheduler, MotionAdapter, UNetMotionModel
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -42,25 +43,17 @@ from seppo import UserError, explained, need, whole
 
 # ---- 1. The numbers -------------------------------------------------------------------------------------------------
 
-SCORERS = {  # name in the table, and what the table multiplies a score by: cosines are shown as papers print them
-    "pickscore": ("PickScore", 100),
-    "hpsv2": ("HPSv2", 100),
-    "hpsv2.1": ("HPSv2.1", 100),
-    "imagereward": ("ImageReward", 1),
-    "aesthetic": ("Aesthetic", 1),
-    "clip": ("CLIPScore", 100),
-    "mini": ("Score", 1),
-}
+# name in the table, and what the table multiplies a score by: cosines are shown as papers print them
+SCORERS = {"pickscore": ("PickScore", 100), "hpsv2": ("HPSv2", 100), "hpsv2.1": ("HPSv2.1", 100)}
+SCORERS |= {"imagereward": ("ImageReward", 1), "aesthetic": ("Aesthetic", 1), "clip": ("CLIPScore", 100)}
+SCORERS |= {"mini": ("Score", 1)}
 PAPER = {"pickscore": 21.57, "hpsv2": 27.20, "imagereward": 0.615}  # SePPO on validation_unique, a single run
 
 
 def win_rate(scores, base, z=1.959964):
     """Share of prompts where a picture scores above the base's, and its 95 % interval: (rate, low, high) in [0, 1].
-
     scores, base: (N,) scores for the same prompts. A tie is half a win. The interval is Wilson's, which keeps its
-    coverage for few prompts and near 0 and 1, where rate +- 1.96 standard errors does not; with ties it is
-    conservative.
-    """
+    coverage for few prompts and near 0 and 1; with ties it is conservative."""
     n, rate = len(scores), ((1 + torch.sign(scores - base)) / 2).double().mean().item()
     middle = rate + z * z / (2 * n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -69,10 +62,8 @@ def win_rate(scores, base, z=1.959964):
 
 def table(scores, paper=False):
     """Markdown: a row for each model, for each scorer its mean with standard error, and the win rate against the base.
-
     scores: {model: {scorer: (N,) tensor, or None where the scorer is missing}}, the base first; scorers are keys of
-    SCORERS. paper: whether the paper's own figures stand below, as its own.
-    """
+    SCORERS. paper: whether the paper's own figures stand below, as its own."""
     base = next(iter(scores.values()))
     head, paper_row = ["model"], ["*SePPO, the paper's own figures*"]
     for name in base:
@@ -87,11 +78,10 @@ def table(scores, paper=False):
             if x is None:
                 row += ["missing", ""]
                 continue
-            mean = f"{scale * x.mean():.{digits}f}"
-            if len(x) > 1:
-                mean += f" ± {scale * x.std() / len(x) ** 0.5:.{digits}f}"
+            error = f" ± {scale * x.std() / len(x) ** 0.5:.{digits}f}" if len(x) > 1 else ""
             rate, low, high = (100 * v for v in win_rate(x, base[name]))
-            row += [mean, "" if values is base else f"{rate:.1f} % [{low:.1f}, {high:.1f}]"]
+            wins = "" if values is base else f"{rate:.1f} % [{low:.1f}, {high:.1f}]"
+            row += [f"{scale * x.mean():.{digits}f}{error}", wins]
         rows.append(row)
     if paper and {*base} & {*PAPER}:
         rows.append(paper_row)
@@ -107,15 +97,14 @@ def markdown(rows):
 # install beside current ones.
 
 H14, L14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
-BERT = "google-bert/bert-base-uncased"
+BERT, REWARD = "google-bert/bert-base-uncased", "zai-org/ImageReward"
 AESTHETIC, AESTHETIC_FILE = "christophschuhmann/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
 CLIPS = {"pickscore": "yuvalkirstain/PickScore_v1", "hpsv2": H14, "hpsv2.1": H14, "clip": L14, "aesthetic": L14}
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
 
 
-def to_tensor(image):
-    """A picture -> (3, h, w) in [0, 1]."""
+def to_tensor(image):  # a picture -> (3, h, w) in [0, 1]
     values = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return values.view(image.height, image.width, 3).permute(2, 0, 1) / 255
 
@@ -162,16 +151,15 @@ class Scorer(torch.nn.Module):
 
     @torch.no_grad()
     def score(self, images, prompts):
-        """N PIL pictures and N strings -> (N,) fp32 on the CPU."""
+        """N PIL pictures and N strings -> (N,) fp32 on the CPU. Raises ValueError if they are not as many.
+        score_tensors: (N, 3, 224, 224) normalised pixels, (N, L) tokens and mask -> (N,), with gradients."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures, {len(prompts)} prompts")
         device, texts = next(self.parameters()).device, [self.tidy(prompt) for prompt in prompts]
         settings = dict(padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         tokens = self.tokenizer(texts, **settings).to(device)
         pixels = torch.stack([self.pixels(image) for image in images]).to(device)
         return self.score_tensors(pixels, tokens.input_ids, tokens.attention_mask).float().cpu()
-
-    def score_tensors(self, pixels, input_ids, attention_mask):
-        """(N, 3, 224, 224) normalised pixels, (N, L) tokens and their mask -> (N,), with gradients."""
-        raise NotImplementedError
 
 
 class ClipScorer(Scorer):
@@ -198,15 +186,10 @@ class ImageReward(Scorer):
         vision = part(state, "blip.visual_encoder.")
         _, tokens, width = vision["pos_embed"].shape
         patch = vision["patch_embed.proj.weight"].shape[-1]
-        config = transformers.BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=len(vision["blocks.0.mlp.fc1.bias"]),
-            num_hidden_layers=sum(key.endswith("qkv.weight") for key in vision),
-            num_attention_heads=16,
-            patch_size=patch,
-            image_size=math.isqrt(tokens - 1) * patch,
-            layer_norm_eps=1e-6,  # timm's; transformers has 1e-5
-        )
+        sizes = dict(hidden_size=width, intermediate_size=len(vision["blocks.0.mlp.fc1.bias"]), num_attention_heads=16)
+        sizes |= dict(num_hidden_layers=sum(key.endswith("qkv.weight") for key in vision), patch_size=patch)
+        sizes |= dict(image_size=math.isqrt(tokens - 1) * patch, layer_norm_eps=1e-6)  # timm's; transformers has 1e-5
+        config = transformers.BlipVisionConfig(**sizes)
         self.vision = transformers.BlipVisionModel(config)
         self.vision.load_state_dict(renamed(vision, IMAGEREWARD_KEYS))
         config = transformers.BlipTextConfig(**text | {"encoder_hidden_size": width})
@@ -225,15 +208,13 @@ class ImageReward(Scorer):
 class MiniScorer:
     """The miniature's own taste."""
 
+    score_tensors = staticmethod(seppo.mini_score)
+
     def score(self, images, prompts):
-        return self.score_tensors(torch.stack([to_tensor(image) for image in images]) * 2 - 1, prompts)
-
-    def score_tensors(self, pixels, prompts):
-        return seppo.mini_score(pixels, prompts)
+        return seppo.mini_score(torch.stack([to_tensor(image) for image in images]) * 2 - 1, prompts)
 
 
-def part(state, prefix):
-    """The weights whose names begin with a prefix, without it."""
+def part(state, prefix):  # the weights whose names begin with a prefix, without it
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     need(found, f"there are no weights {prefix}*")
     return found
@@ -248,37 +229,22 @@ def linear_chain(state):
     return chain
 
 
-IMAGEREWARD_KEYS = {  # timm's names -> transformers'
-    r"^cls_token": "embeddings.class_embedding",
-    r"^pos_embed": "embeddings.position_embedding",
-    r"^patch_embed\.proj": "embeddings.patch_embedding",
-    r"^norm\.": "post_layernorm.",
-    r"^blocks": "encoder.layers",
-    r"\.norm(\d)": r".layer_norm\1",
-    r"attn\.qkv": "self_attn.qkv",
-    r"attn\.proj": "self_attn.projection",
-}
-CLIP_KEYS = {  # OpenAI's names, which open_clip and HPSv2 keep -> transformers'
-    r"^visual\.proj$": "visual_projection.weight",
-    r"^text_projection$": "text_projection.weight",
-    r"^visual\.": "vision_model.",
-    r"^(?=transformer|token_|positional_|ln_final)": "text_model.",
-    r"transformer\.resblocks": "encoder.layers",
-    r"\.attn\.": ".self_attn.",
-    r"\.ln_(\d)": r".layer_norm\1",
-    r"mlp\.c_fc": "mlp.fc1",
-    r"mlp\.c_proj": "mlp.fc2",
-    r"\.(class_embedding|token_embedding)": r".embeddings.\1",
-    r"\.positional_embedding": ".embeddings.position_embedding.weight",
-    r"\.conv1": ".embeddings.patch_embedding",
-    r"\.ln_pre": ".pre_layrnorm",
-    r"\.ln_post": ".post_layernorm",
-    r"\.ln_final": ".final_layer_norm",
-}
+# regular expressions: timm's names -> transformers'
+IMAGEREWARD_KEYS = {r"^cls_token": "embeddings.class_embedding", r"^pos_embed": "embeddings.position_embedding"}
+IMAGEREWARD_KEYS |= {r"^patch_embed\.proj": "embeddings.patch_embedding", r"^norm\.": "post_layernorm."}
+IMAGEREWARD_KEYS |= {r"^blocks": "encoder.layers", r"\.norm(\d)": r".layer_norm\1"}
+IMAGEREWARD_KEYS |= {r"attn\.qkv": "self_attn.qkv", r"attn\.proj": "self_attn.projection"}
+# OpenAI's names, which open_clip and HPSv2 keep -> transformers'
+CLIP_KEYS = {r"^visual\.proj$": "visual_projection.weight", r"^text_projection$": "text_projection.weight"}
+CLIP_KEYS |= {r"^visual\.": "vision_model.", r"^(?=transformer|token_|positional_|ln_final)": "text_model."}
+CLIP_KEYS |= {r"transformer\.resblocks": "encoder.layers", r"\.attn\.": ".self_attn.", r"\.ln_(\d)": r".layer_norm\1"}
+CLIP_KEYS |= {r"mlp\.c_fc": "mlp.fc1", r"mlp\.c_proj": "mlp.fc2", r"\.conv1": ".embeddings.patch_embedding"}
+CLIP_KEYS |= {r"\.(class_embedding|token_embedding)": r".embeddings.\1", r"\.ln_pre": ".pre_layrnorm"}
+CLIP_KEYS |= {r"\.positional_embedding": ".embeddings.position_embedding.weight"}
+CLIP_KEYS |= {r"\.ln_post": ".post_layernorm", r"\.ln_final": ".final_layer_norm"}
 
 
-def renamed(state, rules):
-    """Every rule, in order, on every name."""
+def renamed(state, rules):  # every rule, in order, on every name
     return {functools.reduce(lambda name, rule: re.sub(*rule, name), rules.items(), key): state[key] for key in state}
 
 
@@ -294,57 +260,66 @@ def from_open_clip(state):
     return split
 
 
-def load_scorer(name, folder=None, device="cpu", antialias=True):
-    """A scorer, by a key of SCORERS, in fp32, with `score` and `score_tensors` (see Scorer).
+TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")  # any of them
+NEEDED = [("config.json",), ("model.safetensors",), TOKENIZER]
+FILES = {name: [(home, *files) for files in NEEDED] for name, home in CLIPS.items()}
+for hps in ("v2", "v2.1"):  # the laion model with other weights, in fp16 and under open_clip's names
+    FILES[f"hps{hps}"][1] = ("xswu/HPSv2", f"HPS_{hps}_compressed.pt")
+FILES["imagereward"] = [(REWARD, "med_config.json"), (REWARD, "ImageReward.pt"), (BERT, *TOKENIZER)]
+FILES["aesthetic"] += [(AESTHETIC, AESTHETIC_FILE)]
 
-    folder: where the hub's own files lie, as FOLDER/OWNER/NAME, FOLDER/NAME or all in FOLDER; None: the hub (for the
-    aesthetic predictor's head, GitHub). antialias: of HPSv2's resize. Raises UserError if the name is unknown or
-    weights can't be had.
-    """
+
+def find_files(name, folder=None):
+    """The paths of FILES[name]: FOLDER/OWNER/NAME/FILE, FOLDER/NAME/FILE or FOLDER/FILE; without a folder in the hub's
+    cache (the aesthetic predictor's head comes from GitHub). Raises UserError for a missing one. Loads nothing."""
+    found = []
+    for repository, *files in FILES.get(name, ()):
+        for file in files:
+            home = next((p for p in (repository, repository.split("/")[1]) if Path(folder or "", p).is_dir()), "")
+            path = Path(folder or torch.hub.get_dir(), home if folder else "", file)
+            with contextlib.suppress(OSError, ValueError):
+                if folder is None and repository != AESTHETIC:
+                    path = Path(huggingface_hub.hf_hub_download(repository, file))
+                elif folder is None and not path.exists():
+                    url = f"https://github.com/{AESTHETIC}/raw/main/{file.replace('+', '%2B')}"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    torch.hub.download_url_to_file(url, str(path), progress=False)
+            if path.is_file():
+                found.append(path)
+                break
+        else:
+            raise UserError(f"{SCORERS[name][0]} needs {repository}: {files[0]}")
+    return found
+
+
+def load_scorer(name, folder=None, device="cpu", antialias=True):
+    """A scorer, by a key of SCORERS, in fp32, with `score` and `score_tensors` (see Scorer). folder: see find_files.
+    antialias: of HPSv2's resize. Raises UserError for an unknown name or for weights that can't be had."""
     need(name in SCORERS, f"{name} is no scorer: there are {', '.join(SCORERS)}")
     if name == "mini":
         return MiniScorer()
-    advice = "--scorer-weights takes a folder with the hub's files"
-    with explained(f"the weights of {SCORERS[name][0]} cannot be read", advice):
-        scorer = load_imagereward(folder) if name == "imagereward" else load_clip(name, folder, antialias)
+    with explained(f"the weights of {SCORERS[name][0]} cannot be read", "--scorer-weights takes the hub's files"):
+        config, weights, tokenizer, *head = find_files(name, folder)
+        kind = transformers.BertTokenizer if name == "imagereward" else transformers.CLIPTokenizer
+        tokenizer = kind.from_pretrained(tokenizer.parent)
+        need(len(tokenizer) > 9, "its tokenizer's vocabulary is empty")  # which transformers makes without a word
+        if name == "imagereward":
+            text = json.loads(config.read_text())
+            scorer = ImageReward(load_weights(weights), text, crop_pixels, tokenizer, 35, str)
+        elif name.startswith("hps"):
+            clip = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(config.parent))
+            clip.load_state_dict(from_open_clip(load_weights(weights)["state_dict"]))
+            scorer = ClipScorer(clip, functools.partial(pad_pixels, antialias=antialias), tokenizer, 77, clean)
+        else:
+            clip = seppo.load_whole(transformers.CLIPModel, config.parent, dtype=torch.float32)
+            head = linear_chain(part(load_weights(*head), "layers.")) if head else None
+            crop, tidy = crop_pixels, clean
+            if name == "pickscore":  # as transformers does it all
+                crop, tidy = functools.partial(crop_pixels, half=math.floor), str
+            scorer = ClipScorer(clip, crop, tokenizer, 77, tidy, head=head)
         scorer = scorer.to(device).eval()
         scorer.score([Image.new("RGB", (224, 224))], ["a"])  # what does not fit together is said now
     return scorer
-
-
-def load_imagereward(folder):
-    repository = "zai-org/ImageReward"
-    weights = load_weights(place(folder, repository, "ImageReward.pt"))
-    text = json.loads(Path(place(folder, repository, "med_config.json")).read_text())
-    tokenizer = load_tokenizer(transformers.BertTokenizer, place(folder, BERT))
-    return ImageReward(weights, text, crop_pixels, tokenizer, 35, str)
-
-
-def load_clip(name, folder, antialias):
-    home, pixels, tidy, head = place(folder, CLIPS[name]), crop_pixels, clean, None
-    if name.startswith("hpsv2"):  # the laion model with other weights, in fp16 and under open_clip's names
-        weights = load_weights(place(folder, "xswu/HPSv2", f"HPS_{name[3:]}_compressed.pt"))
-        clip = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(home))
-        clip.load_state_dict(from_open_clip(weights["state_dict"]))
-        pixels = functools.partial(pad_pixels, antialias=antialias)
-    else:
-        clip = seppo.load_whole(transformers.CLIPModel, home, dtype=torch.float32)
-    if name == "pickscore":  # as transformers does it all
-        pixels, tidy = functools.partial(crop_pixels, half=math.floor), str
-    if name == "aesthetic":
-        head = linear_chain(part(load_aesthetic(folder), "layers."))
-    tokenizer = load_tokenizer(transformers.CLIPTokenizer, home)
-    return ClipScorer(clip, pixels, tokenizer, 77, tidy, head=head)
-
-
-def load_aesthetic(folder):
-    """The head's weights: from GitHub, where there is no folder."""
-    if folder:
-        return load_weights(place(folder, AESTHETIC, AESTHETIC_FILE))
-    url = f"https://github.com/{AESTHETIC}/raw/main/{AESTHETIC_FILE.replace('+', '%2B')}"
-    settings = dict(map_location="cpu", weights_only=True, progress=False, file_name=AESTHETIC_FILE)
-    with contextlib.redirect_stdout(sys.stderr):
-        return torch.hub.load_state_dict_from_url(url, **settings)
 
 
 def load_weights(path):
@@ -354,40 +329,25 @@ def load_weights(path):
         raise ValueError(f"{path} is no file of weights") from None
 
 
-def load_tokenizer(kind, name):
-    """kind.from_pretrained, which of itself makes an empty vocabulary out of a folder without one."""
-    tokenizer = kind.from_pretrained(name)
-    need(len(tokenizer) > 9, f"{name} lacks its tokenizer's files")
-    return tokenizer
-
-
-def place(folder, repository, file=""):
-    """Where a repository, or a file of it, is: on the hub, or in FOLDER/OWNER/NAME, FOLDER/NAME or FOLDER itself."""
-    if folder is None:
-        return huggingface_hub.hf_hub_download(repository, file) if file else repository
-    places = Path(folder, repository), Path(folder, repository.split("/")[1])
-    return str(Path(next((p for p in places if p.is_dir()), folder), file))
-
-
 # ---- 3. The prompts and their noise ---------------------------------------------------------------------------------
 
 NAMED = {"mini": 480, "pickapic": 500, "parti": 1632, "hpsv2": 3200}  # how many prompts each has
 PICKAPIC = ("yuvalkirstain/pickapic_v2_no_images", seppo.PICKAPIC[0])  # the first may be gone; the second has pictures
 PARTI, HPD = "nateraw/parti-prompts", "zhwang/HPDv2"
-HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def read_prompts(name):
     """--prompts: a key of NAMED, or a file: JSON (a list, as the authors' of {"prompt": ...}), JSONL, or lines of text
     -> the prompts in order, without blank ones. Raises UserError."""
-    with explained(f"--prompts {name} cannot be read", f"it takes {', '.join(NAMED)}, or a file: text, JSON or JSONL"):
+    with explained(f"--prompts {name} cannot be read", f"it takes {', '.join(NAMED)}, or a .txt, .json or .jsonl"):
         rows = named_prompts(name) if name in NAMED else file_prompts(Path(name))
         need(isinstance(rows, list), f"--prompts {name} holds no list")
-        prompts = [prompt for prompt in map(prompt_of, rows) if prompt]
+        prompts = [prompt for prompt in itertools.starmap(prompt_of, enumerate(rows, 1)) if prompt]
         "".join(prompts).encode()  # no tokenizer takes half a surrogate pair
     need(prompts, f"--prompts {name} holds no prompt")
-    expected = NAMED.get(name, len(prompts))
-    need(len(prompts) == expected, f"--prompts {name}: {len(prompts)} prompts came, not {expected}")
+    need(
+        NAMED.get(name, len(prompts)) == len(prompts), f"--prompts {name}: {len(prompts)} came, not {NAMED.get(name)}"
+    )
     return prompts
 
 
@@ -395,55 +355,45 @@ def named_prompts(name):
     hub = functools.partial(huggingface_hub.hf_hub_download, repo_type="dataset")
     if name == "mini":
         return [seppo.CAPTIONS[i % len(seppo.CAPTIONS)] for i in range(NAMED[name])]
-    if name == "pickapic":
-        return pickapic_captions()
     if name == "parti":  # `datasets` reads it so too
-        lines = Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").split("\n")
-        return list(csv.DictReader(lines, delimiter="\t"))
-    files = [hub(HPD, f"benchmark/{style}.json") for style in HPD_STYLES]
-    return [prompt for file in files for prompt in json.loads(Path(file).read_text("utf-8"))]
-
-
-def pickapic_captions():
-    """Pick-a-Pic's validation_unique, the file with this split only: it stays in the hub's cache."""
+        return list(
+            csv.DictReader(Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").split("\n"), delimiter="\t")
+        )
+    if name == "hpsv2":
+        files = [hub(HPD, f"benchmark/{style}.json") for style in ("anime", "concept-art", "paintings", "photo")]
+        return [prompt for file in files for prompt in json.loads(Path(file).read_text("utf-8"))]
     from pyarrow.parquet import read_table
 
-    fetch, repository = huggingface_hub.snapshot_download, PICKAPIC[0]
-    wanted = dict(repo_type="dataset", allow_patterns="*/validation_unique-*.parquet")
+    wanted = dict(repo_type="dataset", allow_patterns="*/validation_unique-*.parquet")  # this split only
     try:
-        home = fetch(repository, **wanted)
+        home = huggingface_hub.snapshot_download(PICKAPIC[0], **wanted)
     except OSError:
-        repository = PICKAPIC[1]  # the same captions
-        home = fetch(repository, **wanted)
+        home = huggingface_hub.snapshot_download(PICKAPIC[1], **wanted)  # the same captions
     tables = [read_table(file, columns=["caption"]) for file in sorted(Path(home).rglob("*.parquet"))]
-    print(f"prompts: validation_unique of {repository}")
     return [caption for table in tables for caption in table["caption"].to_pylist()]
 
 
-def file_prompts(path):
-    text = path.read_text("utf-8-sig")
+def file_prompts(path):  # a JSON list, JSONL, or lines of text, by the file's ending
+    need(path.suffix in (".json", ".jsonl", ".txt"), f"--prompts {path} is no .txt, .jsonl or .json")
+    lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
     if path.suffix == ".json":
-        return json.loads(text)
-    lines = [line for line in text.split("\n") if line.strip()]
+        return json.loads("\n".join(lines))
     return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
 
 
-def prompt_of(row):
-    """A string, or an object that has one."""
+def prompt_of(number, row):  # a string, or an object that has one; its white space is trimmed
     if isinstance(row, dict):
         row = next((row[key] for key in ("prompt", "Prompt", "caption", "text") if row.get(key)), None)
     if not isinstance(row, str):
-        raise ValueError("a row has no prompt")
+        raise ValueError(f"entry {number} has no prompt")
     return row.strip()
 
 
 def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=torch.float32):
     """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
-
     paired: drawn from (seed, prompt, how often the prompt came before): the same for a prompt in any list of prompts.
     paper: from one generator, on the device and in the dtype of the pipeline, prompt after prompt, as a loop over
-    diffusers' pipeline draws it (PNDM draws nothing more). It is all drawn up front: resuming changes nothing.
-    """
+    diffusers' pipeline draws it (PNDM draws nothing more): all up front, so resuming changes nothing."""
     if protocol == "paper":
         g = torch.Generator(device).manual_seed(seed)
         return [torch.randn((1, *shape), generator=g, device=device, dtype=dtype)[0].float().cpu() for _ in prompts]
@@ -459,47 +409,46 @@ def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=t
 
 
 def find_unets(o):
-    """--unet -> {name: folder or hub id}, the base (None) first."""
+    """--unet -> {name: folder or hub id}, the base first. The base of a miniature's run is the run's own."""
     found = {"base": None}
-    for spec in o.unet or ([last_run(o.model)] if o.model in seppo.MINI else []):
-        with explained(f"--unet {spec} cannot be read", "it takes NAME=WHERE or WHERE"):
-            name, equals, where = spec.partition("=")
-            if not equals or Path(spec).exists():
-                name, where = "", spec
-            need(where, f"--unet {spec} does not say where: NAME=WHERE")
-            words = [word for word in Path(where).resolve().parts if word != "unet"]
-        if not name:
-            name = "-".join(words[-2:] if words[-1].startswith("checkpoint-") else words[-1:])
+    for spec in dict.fromkeys(o.unet or ([last_run(o.model)] if o.model in seppo.MINI else [])):
+        name, equals, where = spec.partition("=")
+        if not equals or Path(spec).exists():
+            name, where = "", spec
+        need(where, f"--unet {spec} does not say where: NAME=WHERE")
+        words = [word for word in Path(where).resolve().parts if word != "unet"]
+        name = name or "-".join(words[-2:] if words[-1].startswith("checkpoint-") else words[-1:])
         fits = re.fullmatch(r"\w[\w.+-]*", name) and name not in found
         need(fits, f"--unet {spec} needs a name of its own: NAME={where}")
-        found[name] = where
+        found[name] = seppo.spelled(where)
+    if o.model in seppo.MINI:
+        runs = [run for run in (Path(where), *Path(where).parents) if (run / "checkpoint-0").is_dir()]
+        found["base"] = str(runs[0] / "checkpoint-0") if runs else None
     return found
 
 
-def last_run(model):
-    """The folder in runs/ where this model was trained last."""
-    runs = []
-    for path in Path("runs").glob("*/config.json"):
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # whatever else lies there
-            if json.loads(path.read_text())["options"]["model"] == model:
-                runs.append(path)
+def last_run(model):  # the folder in runs/ where it was trained last
+    runs = [path for path in Path("runs").glob("*/config.json") if f'"model": "{model}"' in path.read_text()]
     need(runs, f"runs/ holds no run of {model}: python seppo.py --model {model} makes one")
     return str(max(runs, key=lambda path: path.stat().st_mtime).parent)
 
 
-def load_checked(name, where, base):
-    """The UNet that stands beside the base, of the same shape; of clips it may have only motion modules of its own.
-    Where there is no `where` it is the base. Raises UserError."""
+def load_checked(name, where, base, kind):
+    """The UNet that stands beside the base, of the same shape and `kind` of prediction; of clips it may have its own
+    motion modules only. Without `where` it is the base. Raises UserError."""
     if where is None:
         return base
     spec, advice = f"--unet {name}={where}", "it takes a run, a checkpoint, a UNet as diffusers saves it, or a hub id"
     with explained(f"{spec} cannot be read", advice):
         unet = seppo.load_unet(where, type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel))
-        if isinstance(unet, MotionAdapter):
-            adapter, unet = unet, copy.deepcopy(base)
-            unet.load_motion_modules(adapter)
+    if isinstance(unet, MotionAdapter):
+        adapter, unet = unet, copy.deepcopy(base)
+        unet.load_motion_modules(adapter)
     ours, theirs = ({key: t.shape for key, t in net.state_dict().items()} for net in (unet, base))
     need(ours == theirs, f"{spec} has another shape than the UNet of --model")
+    with contextlib.suppress(OSError, ValueError):  # a whole model says what it predicts
+        own = DDPMScheduler.load_config(where, subfolder="scheduler", local_files_only=True)
+        need(own.get("prediction_type", kind) == kind, f"{spec} predicts {own.get('prediction_type')}, --model {kind}")
     return unet
 
 
@@ -521,29 +470,29 @@ def digest(*parts):
 @torch.no_grad()
 def generate(o, unets, base, codec, prompts, batches):
     """Makes the pictures that are missing -> {model: their files}. A file's name has a hash of weights, prompt, noise
-    and settings: what changed is made anew. A picture's rounding depends on its batch too, so a batch is made again
-    as it was, whichever of its pictures are there."""
+    and settings. A picture's rounding depends on its batch too: a batch is made again as it was."""
     side = o.resolution // codec.factor
     shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)
     noises = start_noise(prompts, shape, o.seed, o.protocol, o.device, o.half)
     modules = [v for v in vars(codec).values() if isinstance(v, torch.nn.Module)]
-    levels = sorted(item for item in codec.scheduler.config.items() if item[0][0] != "_")
-    common = digest(*modules, levels, (o.solver, o.sampler_steps, o.guidance, o.dtype, o.device.type))
+    settings = (o.sampler_steps, o.guidance, o.dtype, o.device.type)
+    common = digest(*modules, solver_settings(o, codec), o.solver, settings)
     base = base.cpu()
-    marks = {name: digest(load_checked(name, where, base), common) for name, where in unets.items()}  # all, at once
+    kind = codec.scheduler.config.prediction_type
+    marks = {name: digest(load_checked(name, where, base, kind), common) for name, where in unets.items()}  # all first
     empty, files = codec.encode_text([""]), {}
     for name, where in unets.items():
         folder, pairs = o.out / "pictures" / name, enumerate(zip(prompts, noises))
         files[name] = [folder / f"{i:05d}-{digest(marks[name], *pair)}.png" for i, pair in pairs]
         missing = [batch for batch in batches if not all(file.exists() for file in files[name][batch])]
-        unet = load_checked(name, where, base).to(o.device, o.half).eval() if missing else None
-        for batch in progress(missing, prompts, f"{name}: pictures"):
+        unet = load_checked(name, where, base, kind).to(o.device, o.half).eval() if missing else None
+        for batch in tqdm(missing, f"{name}: pictures", unit="batch", disable=not missing):
             noise, context = torch.stack(noises[batch]).to(o.device), codec.encode_text(prompts[batch])
             settings = (o.solver, o.sampler_steps, o.guidance)
-            latents = seppo.sample(unet, codec.scheduler, noise, context, empty, *settings)
-            finite = latents.isfinite().all()
-            need(finite, f"{name} draws what is not finite: --dtype fp32 may help, or leave it out")
-            pixels = ((codec.decode(latents) + 1) * 127.5).round().byte().cpu()  # (B, 3, [F,] R, R)
+            pixels = codec.decode(seppo.sample(unet, codec.scheduler, noise, context, empty, *settings))
+            for prompt, picture in zip(prompts[batch], pixels):
+                need(picture.isfinite().all(), f"{name}: {prompt[:60]!r} becomes what is not finite: try --dtype fp32")
+            pixels = ((pixels + 1) * 127.5).round().byte().cpu()  # (B, 3, [F,] R, R)
             if o.frames:  # a clip is kept as a filmstrip
                 pixels = pixels.transpose(2, 3).flatten(3)  # (B, 3, R, F R)
             images = map(Image.fromarray, pixels.permute(0, 2, 3, 1).numpy())
@@ -552,25 +501,21 @@ def generate(o, unets, base, codec, prompts, batches):
     return files
 
 
+def solver_settings(o, codec):  # in words
+    config = seppo.make_solver(codec.scheduler, o.solver).config
+    names = {*seppo.NOISE_LEVELS, *seppo.SOLVERS[o.solver][1], "prediction_type", "timestep_spacing", "solver_order"}
+    return ", ".join(f"{name} {config[name]}" for name in sorted(names) if config.get(name) is not None)
+
+
 def save_png(image, path):
     with whole(path) as file:
         image.save(file, "PNG")
 
 
-def progress(batches, prompts, what):
-    """The batches, under a bar that counts pictures."""
-    total = sum(len(prompts[batch]) for batch in batches)
-    with tqdm(total=total, desc=what, unit="picture", disable=not batches) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(prompts[batch]))
-
-
-def score_pictures(o, files, prompts, batches):
-    """-> {model: {scorer: (N,) scores, or None}}, {scorer: why it is missing}. Scores are not kept for the next time:
-    generating takes far longer."""
-    scores, missing = {model: dict.fromkeys(o.scorers) for model in files}, {}
-    for name in o.scorers:
+def score_pictures(o, files, prompts, batches, missing):
+    """-> {model: {scorer: (N,) scores, or None}}; adds to {scorer: why it is missing}."""
+    scores = {model: dict.fromkeys(o.scorers) for model in files}
+    for name in [name for name in o.scorers if name not in missing]:
         title = SCORERS[name][0]
         print(f"loading {title}")
         try:
@@ -580,21 +525,18 @@ def score_pictures(o, files, prompts, batches):
             continue
         for model, paths in files.items():
             parts = []
-            for batch in progress(batches, prompts, f"{model}: {title}"):
-                folder = o.out / "pictures" / model
-                with explained(f"a picture in {folder} cannot be read", "delete it; it is made again"):
-                    with ThreadPoolExecutor() as pool:
-                        strips = list(pool.map(read_frames, paths[batch]))
+            for batch in tqdm(batches, f"{model}: {title}", unit="batch"):
+                with ThreadPoolExecutor() as pool:
+                    strips = list(pool.map(read_frames, paths[batch]))
                 captions = [caption for caption, frames in zip(prompts[batch], strips) for _ in frames]
                 frames = [frame for frames in strips for frame in frames]
                 parts.append(scorer.score(frames, captions).view(len(strips), -1).mean(1))
             scores[model][name] = torch.cat(parts).double()
-    return scores, missing
+    return scores
 
 
-def read_frames(path):
-    """A filmstrip -> its frames; a picture -> itself, alone."""
-    with Image.open(path) as strip:
+def read_frames(path):  # a filmstrip -> its frames; a picture -> itself, alone
+    with explained(f"{path} cannot be read", "delete it; it is made again"), Image.open(path) as strip:
         side = strip.height
         return [strip.crop((x, 0, x + side, side)).convert("RGB") for x in range(0, strip.width, side)]
 
@@ -602,34 +544,28 @@ def read_frames(path):
 # ---- 5. The output --------------------------------------------------------------------------------------------------
 
 
-def report(o, files, prompts, scores, missing):
+def report(o, files, prompts, scores, missing, settings):
     """table.md and the same on the terminal, scores.jsonl, grid.png."""
-    what, n = "clip" if o.frames else "picture", len(prompts)
-    frames = f"{o.frames} frames (picture scorers: their mean), " if o.frames else ""
+    what, n, frames = ("clip", len(prompts), f"{o.frames} frames, ") if o.frames else ("picture", len(prompts), "")
     paper = o.prompts == "pickapic" and n == NAMED["pickapic"]
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
-    hps = ""
-    if any("hps" in name for name in o.scorers):
-        hps = f"HPSv2 resizes with{'out' * (o.protocol == 'paper')} antialiasing; "
     text = [
         table(scores, paper),
         f"{n} prompts ({o.prompts}), one {what} each. ± is the standard error over prompts; wins: the share of those "
         f"where the model's {what} scores above the base's, with its 95 % interval; x100: scores are multiplied.",
-        f"Model {o.model}; {o.resolution} pixels, {frames}{o.solver}, {o.sampler_steps} steps, guidance "
-        f"{o.guidance:g}, {o.dtype}, {o.device}, seed {o.seed}, protocol {o.protocol}, no safety checker; "
-        f"{hps}{versions}.",
+        f"Model {o.model}; {o.resolution} pixels, {frames}{o.solver} ({settings}), {o.sampler_steps} steps, guidance "
+        f"{o.guidance:g}, {o.dtype}, {o.device}, seed {o.seed}, protocol {o.protocol}, no safety checker; HPSv2 "
+        f"resizes with{'out' * (o.protocol == 'paper')} antialiasing; {versions}.",
     ]
-    if paper and {*o.scorers} & {*PAPER} and o.protocol != "paper":
-        own = "The paper's figures are of its own protocol (--protocol paper)"
-        text.append(f"{own}: another solver, another resize in HPSv2.")
-    text += [f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items()]
-    text = "\n\n".join(text)
+    own = "The paper's figures are of its own protocol (--protocol paper): PNDM, another resize in HPSv2."
+    text += [own] * (paper and o.protocol != "paper")
+    text = "\n\n".join(text + [f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items()])
     rows = []
     for model, paths in files.items():
+        there = {name: values.tolist() for name, values in scores[model].items() if values is not None}
         for i, path in enumerate(paths):
             row = {"model": model, "index": i, "prompt": prompts[i], "file": str(path.relative_to(o.out))}
-            there = {name: values[i].item() for name, values in scores[model].items() if values is not None}
-            rows.append(json.dumps(row | there) + "\n")
+            rows.append(json.dumps(row | {name: values[i] for name, values in there.items()}) + "\n")
     print(f"\n{text}\n\nIn {o.out}: table.md, scores.jsonl, grid.png, pictures/")
     for name, content in (("table.md", text + "\n"), ("scores.jsonl", "".join(rows))):
         with whole(o.out / name) as file:
@@ -639,8 +575,12 @@ def report(o, files, prompts, scores, missing):
 
 def draw_grid(files, prompts, rows=6, tile=192, head=28):
     """The first prompts down, with their captions, models across; of a clip its middle frame."""
-    font, size = ImageFont.load_default(16), (tile * (1 + len(files)), head + tile * min(rows, len(prompts)))
-    sheet = Image.new("RGB", size, "white")
+    font = ImageFont.load_default(16)  # Latin alone
+    with contextlib.suppress(ImportError, OSError):  # DejaVu Sans has more scripts
+        import matplotlib
+
+        font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 14)
+    sheet = Image.new("RGB", (tile * (1 + len(files)), head + tile * min(rows, len(prompts))), "white")
     draw = ImageDraw.Draw(sheet)
     for y, prompt in enumerate(prompts[:rows]):
         caption = "\n".join(textwrap.wrap(prompt, 21, max_lines=9, placeholder=" ..."))
@@ -661,104 +601,78 @@ MINI = dict(prompts="mini", scorers="mini", resolution=16, batch_size=240)  # wh
 MINI |= {name: seppo.SMALL[name] for name in ("sampler_steps", "guidance")}
 
 
-def parse_args(argv=None):
-    """A command line -> all options. Raises UserError."""
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
+def parse_args(argv=None):  # a command line -> all options; raises UserError
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = parser.add_argument
-    # what is compared
-    add(
-        "--model",
-        "--pretrained_model_name_or_path",
-        type=seppo.spelled,
-        default="mini",
-        help="the base: mini, a diffusers folder, a hub id",
-    )
+    add("--model", "--pretrained_model_name_or_path", type=seppo.spelled, default="mini", help="the base model")
     add("--unet", nargs="+", help="NAME=WHERE or WHERE: runs (the last checkpoint), checkpoints, UNets, hub ids")
-    add(
-        "--motion-adapter",
-        type=seppo.spelled,
-        help="makes a text-to-video model of it; --unet then takes motion adapters too",
-    )
+    add("--motion-adapter", type=seppo.spelled, help="makes a text-to-video model of it; --unet takes such ones too")
     add("--frames", "--num_frames", type=int, help="of a clip [16]")
-    # how it is judged
     add("--prompts", default="pickapic", help=f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list")
     add("--max-prompts", type=int, help="the first N prompts only")
     add("--scorers", default=",".join([*SCORERS][:-1]), help=f"comma-separated, of {', '.join(SCORERS)}")
     add("--scorer-weights", help="a folder with the hub's own files, instead of the hub")
     add("--protocol", default="paired", choices=("paired", "paper"), help="paper: one generator, PNDM, 50 steps")
-    # the sampler
     add("--solver", default="dpm++", choices=seppo.SOLVERS, help="the diffusers scheduler")
     add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="its steps")
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale, 1: none")
     add("--resolution", type=int, default=512, help="pixels")
     add("--seed", type=int, default=0, help="of the noise")
-    # the machine
     add("--batch-size", type=int, default=16, help="pictures (clips: 1) at a time; changes pictures by rounding")
     add("--device", help="cpu, cuda or cuda:1 [what there is]")
     add("--dtype", "--mixed_precision", choices=("fp16", "fp32"), help="of what generates [fp16 on a GPU]")
     add("--out", "--output_dir", help="where table and pictures go [runs/eval-MODEL]")
     given, _ = parser.parse_known_args(argv)
-    if given.model in seppo.MINI:
-        parser.set_defaults(**MINI)
-    if given.motion_adapter:
-        parser.set_defaults(frames=16, batch_size=1)
-    if given.protocol == "paper":
-        parser.set_defaults(solver="pndm", sampler_steps=50)
+    changed = MINI if given.model in seppo.MINI else dict(frames=16, batch_size=1) if given.motion_adapter else {}
+    parser.set_defaults(**changed | (dict(solver="pndm", sampler_steps=50) if given.protocol == "paper" else {}))
     o = parser.parse_args(argv)
     seppo.join_devices(o)
-    o.scorers = [name.strip() for name in o.scorers.split(",")]
+    o.scorers = [*dict.fromkeys(name.strip() for name in o.scorers.split(","))]
     o.out = Path(o.out or Path("runs", f"eval-{Path(o.model).resolve().name}"))
-    check(o)
-    return o
-
-
-def check(o):
-    """Refuses what cannot be."""
     need(o.world == 1, "eval.py is one process: start it with python, not with torchrun")
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
-    need(o.sampler_steps <= 1000, "--sampler-steps can be 1000 at most")
+    need(-(2**63) <= o.seed < 2**63, "--seed must have 64 bits at most")
     mini = o.model in seppo.MINI
-    need(mini or o.resolution % 64 == 0, "--resolution must be a multiple of 64")
-    need(not mini or o.resolution == 16 and not o.motion_adapter, f"--model {o.model} draws 16 pixels, and no clips")
-    need(o.motion_adapter or not o.frames, "--frames is for clips: add --motion-adapter")
-    need(o.frames != 1, "--frames must be 2 at least")
+    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (the miniature: 16)")
+    clips = not mini and o.motion_adapter and o.frames > 1
+    need(clips or not (o.motion_adapter or o.frames), "clips need --motion-adapter, and --frames 2 or more")
     unknown = {*o.scorers} - {*SCORERS}
     need(not unknown, f"--scorers {', '.join(sorted(unknown))}: there are {', '.join(SCORERS)}")
     need(mini or "mini" not in o.scorers, "--scorers mini is for --model mini")
-    if o.scorer_weights:
-        weights = Path(o.scorer_weights)
-        need(weights.is_dir(), f"--scorer-weights {weights} is no folder")
-        apart = len(o.scorers) == 1 or not (weights / "config.json").exists()
-        need(
-            apart, f"--scorer-weights {weights}: several scorers need a folder for each repository, OWNER/NAME or NAME"
-        )
+    need(not o.scorer_weights or Path(o.scorer_weights).is_dir(), f"--scorer-weights {o.scorer_weights} is no folder")
+    apart = len(o.scorers) == 1 or not Path(o.scorer_weights or "", "config.json").exists()
+    need(apart or not o.scorer_weights, "--scorer-weights: several scorers need a folder for each repository")
+    return o
 
 
 def run(argv=None):
-    """The command's whole work."""
     o = parse_args(argv)
     with explained(f"--out {o.out} cannot be written", "choose another"):
         (o.out / "pictures").mkdir(parents=True, exist_ok=True)
-    torch.backends.cudnn.allow_tf32 = False  # which convolutions would use on a GPU where fp32 is meant
-    prompts = read_prompts(o.prompts)[: o.max_prompts]
+    prompts, missing = read_prompts(o.prompts)[: o.max_prompts], {}
     known = o.model not in seppo.MINI or {*prompts} <= {*seppo.CAPTIONS}
     need(known, f"--prompts {o.prompts}: the miniature knows its own captions only")
-    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | {"unet": None, "train": None}))
+    for name in o.scorers:  # before hours of drawing
+        try:
+            find_files(name, o.scorer_weights)
+        except UserError as error:
+            missing[name] = f"{error}"
+    need(len(missing) < len(o.scorers), f"no scorer can be loaded: {'; '.join(missing.values())}")
     unets = find_unets(o)
+    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | {"unet": unets["base"], "train": None}))
+    settings = solver_settings(o, codec)
     batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)]
-    files = generate(o, unets, base, codec, prompts, batches)
+    files = generate(o, unets | {"base": None}, base, codec, prompts, batches)
     del base, codec
-    scores, missing = score_pictures(o, files, prompts, batches)
-    report(o, files, prompts, scores, missing)
+    scores = score_pictures(o, files, prompts, batches, missing)
+    report(o, files, prompts, scores, missing, settings)
     need(len(missing) < len(o.scorers), "no scorer could be loaded")
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0, or 2 after one line that says what to do."""
     return seppo.main(argv, run, "eval.py", "--batch-size")
 
 

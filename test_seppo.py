@@ -898,6 +898,8 @@ def test_miniature(monkeypatch, capsys):
     assert same(base, weights("runs/mini-seppo/checkpoint-0/unet")) and Path("runs/mini-sft").is_dir()
     assert metrics(seppo.MINI_BASE)[-1]["loss"] < 0.8 * metrics(seppo.MINI_BASE)[0]["loss"], "it learns"
     assert metrics("runs/mini-seppo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    shutil.rmtree(seppo.MINI_BASE)  # the base of a run is the run's own checkpoint-0
+    assert evaluation.main("--device cpu --max-prompts 4 --out e --unet runs/mini-seppo".split()) == 0
     flaws = torch.cat([torch.zeros(1, 5), 0.6 * torch.eye(5)])
     scores = seppo.mini_score(seppo.draw_mini(["a red disc"] * 6, flaws), ["a red disc"] * 6)
     assert scores[0] == 1 and scores[1:].max() < 0.97
@@ -1156,7 +1158,7 @@ def test_broken_scorer_files_are_missing(scorer_weights):
 def evaluate(pipeline, scorer_weights):
     Path("prompts.txt").write_text("\n".join(f"picture {i}" for i in range(7)))
     tiny = "--prompts prompts.txt --out out --resolution 64 --sampler-steps 2 --batch-size 3 --device cpu"
-    tiny = ["--model", pipeline, "--scorer-weights", scorer_weights, "--scorers", "clip,aesthetic", *tiny.split()]
+    tiny = ["--model", pipeline, "--scorer-weights", scorer_weights, "--scorers", "clip,aesthetic,clip", *tiny.split()]
     return lambda *argv: evaluation.main([str(word) for word in (*tiny, *argv)])
 
 
@@ -1179,7 +1181,7 @@ def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
         other_unet(folder, pipeline, size)
     assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare") == 0
     said, bars = capsys.readouterr()
-    assert Path("out/table.md").read_text() in said + "\n" and "bare: pictures: 100%" in bars and "7/7" in bars
+    assert Path("out/table.md").read_text() in said + "\n" and "bare: pictures: 100%" in bars and "3/3" in bars
     (rows, pictures), models = drawn(), ["base", "ours", "run-checkpoint-2", "bare"]
     assert [(row["model"], row["index"]) for row in rows] == [(model, i) for model in models for i in range(7)]
     scores = {model: torch.tensor([row["clip"] for row in rows if row["model"] == model]) for model in models}
@@ -1195,6 +1197,30 @@ def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     grid, picture = Image.open("out/grid.png"), Image.open(Path("out", rows[5 + 7]["file"])).resize((188, 188), 0)
     cell = grid.crop((2 * 192 + 2, 28 + 5 * 192 + 2, 3 * 192 - 2, 28 + 6 * 192 - 2))  # row 6, second model
     assert cell.tobytes() == picture.tobytes()
+
+
+def test_evaluation_edges(pipeline, evaluate, scorer_weights, capsys):
+    """What is missing is found before the pictures; what is equal ties; what is broken is named."""
+    shutil.copytree(scorer_weights / evaluation.L14, Path("some", evaluation.L14))
+    some = ("--scorer-weights", "some", "--scorers")
+    assert evaluate(*some, "pickscore,hpsv2") == 2 and not [*Path("out/pictures").iterdir()]
+    assert "PickScore needs yuvalkirstain/PickScore_v1: config.json; HPSv2 needs" in capsys.readouterr().err
+    assert evaluate(*some, "clip,pickscore", "--unet", f"same={pipeline}/unet", "--seed", -7) == 0
+    said = capsys.readouterr().out
+    assert "PickScore is missing: PickScore needs" in said and "| 50.0 % [" in said and "missing |" in said
+    assert "dpm++ (algorithm_type dpmsolver++, beta_end 0.012" in said and "timestep_spacing trailing" in said
+    (rows, pictures) = drawn()
+    assert all(pictures[row["file"]] == pictures[rows[row["index"]]["file"]] for row in rows)
+    torn = Path("out", rows[3]["file"])
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert evaluate(*some, "clip", "--seed", -7) == 2 and f"{torn} cannot be read" in capsys.readouterr().err
+    file = next((shutil.copytree(pipeline, Path("nan")) / "vae").glob("*.safetensors"))
+    save_file({name: v * math.nan for name, v in load_file(file).items()}, file, {"format": "pt"})
+    assert (
+        evaluate("--model", "nan") == 2 and "base: 'picture 0' becomes what is not finite" in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="1 pictures, 2 prompts"):
+        evaluation.load_scorer("clip", scorer_weights).score([Image.new("RGB", (9, 9))], ["a", "b"])
 
 
 def test_pictures_are_what_diffusers_draws(pipeline, evaluate):
@@ -1232,11 +1258,12 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
 REFUSED = (
     "--scorers clip,beauty: there are pickscore|--scorers mini: for --model mini|--scorer-weights no: is no folder|"
     "--scorer-weights flat: a folder for each repository|--unet x=no: --unet x=no cannot be read|--unet a=: say where|"
-    "--unet a=bare a=bare: a name of its own|--unet a=wide: another shape|--unet a=nan: not finite|"
+    "--unet a=bare a=wide: a name of its own|--unet a=wide: another shape|--unet a=nan: not finite|"
     "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts object.json: holds no list|"
-    "--prompts null.jsonl: no prompt|--model no: --model no cannot be read|--max-prompts 0: must be positive|"
-    "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: add --motion-adapter|"
-    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: python seppo.py of the"
+    "--prompts null.jsonl: entry 2 has no prompt|--model no: --model no cannot be read|--max-prompts 0: positive|"
+    "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: clips need --motion-adapter|"
+    "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: seppo.py --model mini makes one|"
+    "--prompts p.csv: no .txt|--unet a=v: predicts v_prediction"
 ).split("|")
 
 
@@ -1244,11 +1271,13 @@ REFUSED = (
 def test_evaluation_refusals(evaluate, pipeline, case, capsys):
     argv, _, says = case.partition(": ")
     Path("flat").mkdir()
-    files = {"empty.txt": " ", "object.json": "{}", "null.jsonl": "null", "flat/config.json": "{}"}
+    files = {"empty.txt": " ", "object.json": "{}", "null.jsonl": '"a"\nnull', "p.csv": "a", "flat/config.json": "{}"}
     [Path(name).write_text(text) for name, text in files.items()]
     other_unet("bare", pipeline), other_unet("nan", pipeline, math.nan)
     wide = UNet2DConditionModel.load_config("bare") | {"cross_attention_dim": 32}
     UNet2DConditionModel.from_config(wide).save_pretrained("wide")
+    levels = shutil.copytree(pipeline, Path("v")) / "scheduler/scheduler_config.json"
+    levels.write_text(json.dumps(json.loads(levels.read_text()) | {"prediction_type": "v_prediction"}))
     assert evaluate(*argv.split()) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "pictures:" not in line]
     assert len(err) == 1 and says in err[0] and err[0].startswith("eval.py:"), err
