@@ -408,8 +408,7 @@ def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=t
 # ---- 4. The pictures ------------------------------------------------------------------------------------------------
 
 
-def find_unets(o):
-    """--unet -> {name: folder or hub id}, the base first. The base of a miniature's run is the run's own."""
+def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; that of a miniature's run is the run's own
     found = {"base": None}
     for spec in dict.fromkeys(o.unet or ([last_run(o.model)] if o.model in seppo.MINI else [])):
         name, equals, where = spec.partition("=")
@@ -440,7 +439,8 @@ def load_checked(name, where, base, kind):
         return base
     spec, advice = f"--unet {name}={where}", "it takes a run, a checkpoint, a UNet as diffusers saves it, or a hub id"
     with explained(f"{spec} cannot be read", advice):
-        unet = seppo.load_unet(where, type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel))
+        kinds = [type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel)]
+        unet = seppo.load_unet(where, *kinds, base=base)
     if isinstance(unet, MotionAdapter):
         adapter, unet = unet, copy.deepcopy(base)
         unet.load_motion_modules(adapter)
@@ -544,8 +544,7 @@ def read_frames(path):  # a filmstrip -> its frames; a picture -> itself, alone
 # ---- 5. The output --------------------------------------------------------------------------------------------------
 
 
-def report(o, files, prompts, scores, missing, settings):
-    """table.md and the same on the terminal, scores.jsonl, grid.png."""
+def report(o, files, prompts, scores, missing, settings):  # table.md, also on the terminal; scores.jsonl, grid.png
     what, n, frames = ("clip", len(prompts), f"{o.frames} frames, ") if o.frames else ("picture", len(prompts), "")
     paper = o.prompts == "pickapic" and n == NAMED["pickapic"]
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
@@ -662,7 +661,8 @@ def run(argv=None):
             missing[name] = f"{error}"
     need(len(missing) < len(o.scorers), f"no scorer can be loaded: {'; '.join(missing.values())}")
     unets = find_unets(o)
-    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | {"unet": unets["base"], "train": None}))
+    fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
+    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))
     settings = solver_settings(o, codec)
     batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)]
     files = generate(o, unets | {"base": None}, base, codec, prompts, batches)

@@ -44,7 +44,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNetMotionModel
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 # ---- 1. The objective (the paper's section 3) -----------------------------------------------------------------------
@@ -198,10 +198,13 @@ class Trainer:
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
         self.reference, self.reference_index, self.half_copy = None, None, None
+        for module in policy.modules() if o.dtype == "fp16" and o.part == "lora" else ():
+            if type(module) in (torch.nn.Linear, torch.nn.Conv2d) and not module.weight.requires_grad:
+                module.half()  # what autocast rounds anyway, and nobody trains or saves
         if o.loser != "none":  # a copy, but what does not train is shared: deepcopy keeps what its memo holds
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
-        if o.loser == "generated" and o.dtype == "fp16":  # rounding is harmless where a net only generates
+        if o.loser == "generated" and o.dtype == "fp16" and o.part != "lora":  # rounding is harmless in what generates
             self.half_copy = copy.deepcopy(self.reference).half()
             for mine, its in zip(self.reference.modules(), self.half_copy.modules()):
                 if type(mine) in (torch.nn.Linear, torch.nn.Conv2d):  # autocast rounds these: one copy serves both
@@ -232,7 +235,7 @@ class Trainer:
         full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
         self.scale = full if o.dtype == "fp16" else 1.0  # the largest; progress has the present one
         self.progress = {"scale": self.scale, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
-        self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, o.dtype == "fp16")
+        self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of the update under way: {statistic: sum}; Counter.update adds
 
     def set_reference(self, update):
@@ -240,9 +243,11 @@ class Trainer:
         k = update // self.o.save_every + 1
         index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
         if index != self.reference_index:
-            folder = self.o.out / f"checkpoint-{index * self.o.save_every}" / self.o.part  # unet or motion_adapter
-            weights = {name: p for name, p in self.reference.named_parameters() if name in self.trained}
-            fill(weights, folder / "diffusion_pytorch_model.safetensors")
+            file, named = Path(self.o.part, "diffusion_pytorch_model.safetensors"), lambda name: name
+            if self.o.part == "lora":
+                file, named = LORA_FILE, lambda name: "unet." + name.replace(".default.", ".")
+            weights = {named(name): p for name, p in self.reference.named_parameters() if name in self.trained}
+            fill(weights, self.o.out / f"checkpoint-{index * self.o.save_every}" / file)
             if self.half_copy:
                 self.half_copy.load_state_dict(self.reference.state_dict())
             self.reference_index = index
@@ -278,8 +283,10 @@ class Trainer:
             if o.flip == "indicator":
                 wanted = batch["sign"] = self.anchor_sign(x_w, eps, t, context)
             x_r = batch["x_r"] = x_w.clone()
-            for i in wanted.nonzero()[:, 0].split(o.generate_batch) if wanted.any() else ():  # by the real captions
-                x_r[i] = sample(self.sampling_net, codec.scheduler, noise_r[i], captions[i], **self.sampler_options)
+            draw = functools.partial(sample, self.sampling_net, codec.scheduler, **self.sampler_options)
+            with self.autocast(enabled=o.dtype == "fp16" and not self.half_copy):
+                for i in wanted.nonzero()[:, 0].split(o.generate_batch) if wanted.any() else ():
+                    x_r[i] = draw(noise_r[i], captions[i])  # by the real captions
         for i in torch.arange(len(t), device=o.device).split(o.micro_batch):
             micro = {name: value[i] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
             with self.autocast():
@@ -345,29 +352,28 @@ def train(o):
     positions = (u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share))
     rows, saved = fetch_ahead(data, positions, ahead=2 * chunk), time.monotonic()
     total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
-    bar = tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0)
-    for update in range(done, o.steps):
-        start = time.perf_counter()
-        if trainer.reference:
-            trainer.set_reference(update)
-        for first in range(0, share, chunk):
-            n = min(chunk, share - first)
-            trainer.gradient([next(rows) for _ in range(n)])
-            bar.update(n * o.world)
-            if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
-                bar.initial, bar.start_t = bar.n, time.time()
-        m, seconds = trainer.step(update), time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
-        m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
-        if o.rank == 0:
-            with explained(f"{log} cannot be written", ROOM), open(log, "a") as file:
-                print(json.dumps(m), file=file)
-        bar.set_postfix({name: f"{m[name]:.3g}" for name in SHOWN if m[name] is not None}, refresh=False)
-        interval_ends = (update + 1) % o.save_every == 0 or update + 1 == o.steps
-        if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
-            save(o, trainer, data, update + 1, interval_ends)
-            saved = time.monotonic()
-    bar.close()
+    with tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0) as bar:
+        for update in range(done, o.steps):
+            start = time.perf_counter()
+            if trainer.reference:
+                trainer.set_reference(update)
+            for first in range(0, share, chunk):
+                n = min(chunk, share - first)
+                trainer.gradient([next(rows) for _ in range(n)])
+                bar.update(n * o.world)
+                if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
+                    bar.initial, bar.start_t = bar.n, time.time()
+            m, seconds = trainer.step(update), time.perf_counter() - start
+            peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
+            m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
+            if o.rank == 0:
+                with explained(f"{log} cannot be written", ROOM), open(log, "a") as file:
+                    print(json.dumps(m), file=file)
+            bar.set_postfix({name: f"{m[name]:.3g}" for name in SHOWN if m[name] is not None}, refresh=False)
+            interval_ends = (update + 1) % o.save_every == 0 or update + 1 == o.steps
+            if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
+                save(o, trainer, data, update + 1, interval_ends)
+                saved = time.monotonic()
     print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
 
 
@@ -385,8 +391,7 @@ def need(condition, message):
 
 
 @contextlib.contextmanager
-def explained(what, advice):
-    """What goes wrong with the user's files becomes one line that names them. Not so a programming error."""
+def explained(what, advice):  # what goes wrong with the user's files becomes one line; not so a programming error
     try:
         yield
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
@@ -479,7 +484,7 @@ def fetch_ahead(data, positions, ahead):
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow may open: others start programs, or follow paths
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
 FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
-for name in ("tEXt", "zTXt", "iTXt", "iCCP"):  # a PNG's notes and profile: of any size, and skipped
+for name in "tEXt zTXt iTXt iCCP pHYs gAMA sRGB cHRM".split():  # a PNG's notes and profiles: skipped, of any size
     setattr(PngImagePlugin.PngStream, f"chunk_{name}", lambda stream, at, length: stream.fp.read(length))
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
 
@@ -510,7 +515,7 @@ def read_picture(picture):
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would make white of it
-            image = image.point(lambda value: value / 256).convert("L")
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
         need(image.mode not in ("I", "F"), f"numbers of unknown scale (mode {image.mode})")
         if image.has_transparency_data:  # lies on white, as a viewer shows it
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -542,7 +547,7 @@ COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0
 def open_data(o):
     """--data: the miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
     folder, rows = Path(o.data), mini_rows(o.data) if o.data in MINI_DATA else []
-    if folder.is_dir() and not rows:  # captions decide: a stray Parquet file beside them is not the data
+    if os.path.isdir(o.data) and not rows:  # captions decide: a stray Parquet file beside them is not the data
         with explained(f"--data {folder} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
             rows = folder_rows(folder, FILMS if o.frames else PICTURES)
     if not rows:
@@ -562,29 +567,34 @@ def folder_rows(folder, endings):
     """metadata.jsonl ({"file_name": ..., "text": ...} a line), or name.txt beside name.jpg or name.mp4. What has no
     caption is no data; what has one and is left out is counted."""
 
-    def read(path):  # UTF-8, or UTF-16 that says so; other bytes become surrogates: a caption of no use, not garbage
+    def read(path):  # UTF-8, or UTF-16 that says so; what is neither becomes a surrogate: of no use, but not garbage
         data = path.read_bytes()
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "surrogateescape")
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+        return re.sub("[\0-\x08\x0e-\x1f\ufffd]", "\ud800", text)
 
-    files, rows = files_below(folder), []
+    files, rows, left_out = files_below(folder), [], []
     tables = of_train(folder, [str(file.relative_to(folder)) for file in files if file.name == "metadata.jsonl"])
     for table in (folder / name for name in tables):
         text = read(table)
         lines = json.loads(text) if text.strip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
-        for line in map(dict, lines):
-            need({"file_name", "text"} <= {*line}, f"{table} has the keys {', '.join(line)}, not file_name and text")
+        for line in lines:
+            fits = isinstance(line, dict) and {"file_name", "text"} <= {*line}
+            need(fits, f"{table} has {str(line)[:99]}, not the keys file_name and text")
             file = Path(os.path.normpath(table.parent / str(line["file_name"])))
-            need(folder in (*file.parents, *file.resolve().parents), f"{table} names {file}, outside the folder")
-            rows.append((line["text"], file, None))
+            file = file if folder in file.parents else file.resolve()  # the folder's name may be a link
+            need(folder in file.parents, f"{table} names {file}, outside the folder")
+            usable = file.suffix.lower() in endings and file.is_file()
+            (rows if usable else left_out).append((line["text"], file, None))
     beside = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     captions = {file: beside.get(file.with_suffix(""), file) for file in files}
     if not tables:
         own = [file for file, text in captions.items() if text != file and file.suffix.lower() in endings]
         rows = [(read(captions[file]), file, None) for file in own]
-    taken, kinds = {file for _, file, _ in rows}, "metadata.jsonl names" if tables else ", ".join(sorted(endings))
-    left_out = [file.name for file, text in captions.items() if text != file and file not in taken]
+    taken = {file for _, file, _ in rows + left_out}
+    kinds = "metadata.jsonl names" if tables else ", ".join(sorted(endings))
+    left_out += [(None, file, None) for file, text in captions.items() if text != file and file not in taken]
     if left_out:
-        print(f"--data {folder}: {len(left_out)} left out ({left_out[0]}, ...): it takes what {kinds}")
+        print(f"--data {folder}: {len(left_out)} left out ({left_out[0][1].name}, ...): it takes what {kinds}")
     return rows
 
 
@@ -618,7 +628,8 @@ def parquet_groups(name):
         sides, rows = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}, []
         table = group.to_table(columns=COLUMNS + ["label_1"] * ("label_1" in group.physical_schema.names))
         for row in table.to_pylist():
-            label, *other = (float(math.nan if v is None else v) for name, v in row.items() if name[:6] == "label_")
+            labels = (math.nan if v is None else v for name, v in row.items() if name[:6] == "label_")
+            label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels)
             winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))  # no picture: counted
             rows.append(None if label == 0.5 else (row["caption"], row.get(winner), row.get(loser)))
         return rows
@@ -639,6 +650,7 @@ def of_train(source, names):
 
 FOLDER_OR_ID = "it takes a hub id or a folder, which StableDiffusionPipeline.from_single_file(FILE).save_pretrained("
 FOLDER_OR_ID += "FOLDER) makes of a file (fuse a LoRA first), python seppo.py of the miniature; a run goes to --unet"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
 
@@ -680,8 +692,9 @@ def as_clips(x, like):  # the way back, where `like` is of clips
 
 def load_whole(kind, name, subfolder="", **options):
     """kind.from_pretrained, which of itself leaves weights that a file lacks at random, and says nothing."""
-    files = [*Path(name, subfolder).glob("*.safetensors")]
-    options["variant"] = "fp16" if files and all(".fp16" in file.name for file in files) else None
+    folder = Path(name, subfolder) if Path(name, subfolder).is_dir() else Path(name)
+    endings = {file.name.partition(".")[2] for file in folder.glob("*model*.safetensors")}
+    options["variant"] = "fp16" if "fp16.safetensors" in endings and "safetensors" not in endings else None
     model, info = kind.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # buffers are constants
     need(not missing, f"{name} lacks weights of a {kind.__name__}: {', '.join(missing[:2])}, ...")
@@ -690,9 +703,18 @@ def load_whole(kind, name, subfolder="", **options):
     return model
 
 
-def load_unet(name, *kinds):
-    """A net of one of these classes, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint."""
-    last = sorted(map(str, Path(name).glob("checkpoint-*")), key=lambda folder: (len(folder), folder))[-1:]
+def load_unet(name, *kinds, base=None):
+    """A net of one of these classes, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint. With a
+    `base` also a LoRA, in one of these places or a file: a copy of the base, with it."""
+    last = sorted(map(str, Path(name).glob("checkpoint-*[0-9]")), key=lambda folder: (len(folder), folder))[-1:]
+    lora = [file for file in (Path(name), *(Path(where, LORA_FILE) for where in (name, *last))) if file.is_file()]
+    if lora and base is not None:
+        unet = copy.deepcopy(base)
+        unet.load_lora_adapter(load_file(lora[0]), prefix="unet")  # says nothing if there is none
+        need(getattr(unet, "peft_config", None), f"{lora[0]} holds no LoRA of this UNet")
+        unet.fuse_lora()
+        unet.unload_lora()
+        return unet
     for where, part in itertools.product((name, *last), ("unet", "motion_adapter", "")):
         with contextlib.suppress(OSError, KeyError):  # a run's own config.json is not a net's
             found = UNet2DConditionModel.load_config(where, subfolder=part)["_class_name"]
@@ -734,12 +756,20 @@ def load_models(o):
         need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames}: too many for this motion adapter")
         if o.train == "motion":
             policy.freeze_unet2d_params()
+    if o.lora_rank:  # adapters of the attention train, nothing else; alpha is the rank, as loaders take it
+        need(diffusers.utils.is_peft_available(), "--lora-rank needs peft: pip install -r requirements.txt")
+        from peft import LoraConfig
+
+        torch.manual_seed(key(o.seed, "lora"))
+        policy.requires_grad_(False)
+        where = ".*motion_modules.*" if o.train == "motion" else ".*attentions.*"
+        targets = dict(target_modules=rf"{where}\.to_(q|k|v|out\.0)")
+        policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     return policy.to(o.device).eval(), codec  # eval: dropout would part policy and reference
 
 
 @torch.no_grad()
-def fill(tensors, path):
-    """{name: tensor} from a safetensors file, in place, one at a time: no second copy in memory. -> its metadata"""
+def fill(tensors, path):  # {name: tensor} from a safetensors file, in place: no second copy; -> its metadata
     with explained(f"{path} cannot be read", "restore it, or choose another --out"), safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             tensor.copy_(file.get_tensor(name))
@@ -895,7 +925,7 @@ def begin(o, data, trainer):
     gpu = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if o.device.type == "cuda" else 0
     o.micro_batch = o.micro_batch or choose_micro_batch(o, 0.9 * gpu - static - 3.5)
     winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
-    saved = trains if o.part == "motion_adapter" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
+    saved = trains if o.part != "unet" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
     print(
         f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}, micro-batches"
         f" of {o.micro_batch}, on {o.world} x {o.device}. {250 * trains:.1f} M weights train. {static:.3g} GB memory"
@@ -909,8 +939,12 @@ def save(o, trainer, data, update, interval_ends=True):
     if o.rank == 0 and interval_ends:
         sample_pictures(o, trainer, data, update)
         with whole(o.out / f"checkpoint-{update}") as folder:
-            write = trainer.policy.save_pretrained if o.part == "unet" else trainer.policy.save_motion_modules
-            write(folder / o.part)
+            if o.part == "lora":
+                adapters = {name.replace(".default.", "."): p.data for name, p in trainer.trained.items()}
+                diffusers.StableDiffusionPipeline.save_lora_weights(folder, adapters)
+            else:
+                write = trainer.policy.save_pretrained if o.part == "unet" else trainer.policy.save_motion_modules
+                write(folder / o.part)
     if o.rank == 0 and update > 0:
         with whole(o.out / "resume.safetensors") as file:
             save_file(trainer.state, file, {"progress": json.dumps(trainer.progress | {"update": update})})
@@ -949,8 +983,7 @@ def sample_pictures(o, trainer, data, update):
         grid.save(file, "PNG")
 
 
-def check_numeric_path(o, trainer):
-    """At equal weights s_w and s_r must be 0, or beta makes preferences out of rounding."""
+def check_numeric_path(o, trainer):  # at equal weights s_w and s_r must be 0, or beta makes preferences of rounding
     drawn = draws("check", range(o.micro_batch), trainer.shape, 1000, 0)  # noise will do for latents
     t, _, eps, x_w, x_r = (v.to(o.device) for v in drawn)
     batch = dict(x_w=x_w, eps=eps, t=t, context=trainer.empty.expand(len(t), -1, -1), x_r=x_r)
@@ -964,14 +997,19 @@ def check_numeric_path(o, trainer):
 
 
 def how_to_load(o):  # the last lines of a run: a program that loads what it made
+    where, step = str(o.out), f"checkpoint-{o.steps}"
     kind = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
-    program = f" To load it:\n  import diffusers\n  {o.part} = diffusers.{kind}.from_pretrained("
-    program += f"{str(o.out)!r}, subfolder='checkpoint-{o.steps}/{o.part}')"
-    if o.model in MINI:
-        return program
-    program += f"\n  pipe = diffusers.{'AnimateDiff' if o.frames else 'StableDiffusion'}Pipeline.from_pretrained("
-    program += f"{o.model!r}, {o.part}={o.part}" + ", motion_adapter=None" * bool(o.frames and o.part == "unet")
-    return program + (f", scheduler=diffusers.DDIMScheduler(**{ANIMATEDIFF}))" if o.frames else ")")
+    load = [f"{o.part} = diffusers.{kind}.from_pretrained({where!r}, subfolder='{step}/{o.part}')"]
+    net = f", {o.part}={o.part}" + ", motion_adapter=None" * bool(o.frames and o.part == "unet")
+    if o.part == "lora":
+        load = [f"motion = diffusers.MotionAdapter.from_pretrained({o.motion_adapter!r})"] if o.frames else []
+        net = ", motion_adapter=motion" if o.frames else ""
+    net += f", scheduler=diffusers.DDIMScheduler(**{ANIMATEDIFF})" if o.frames else ""
+    kind = "AnimateDiffPipeline" if o.frames else "StableDiffusionPipeline"
+    load += [f"pipe = diffusers.{kind}.from_pretrained({o.model!r}{net})"] if o.model not in MINI else []
+    net, more = ("unet", "adapter") if o.model in MINI else ("pipe", "weights")
+    load += [f"{net}.load_lora_{more}({str(Path(where, step))!r})"] if o.part == "lora" else []
+    return "\n  ".join([" To load it:", "import diffusers", *load])
 
 
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
@@ -986,8 +1024,8 @@ CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing
 
 def spelled(name):
     """A folder is the same folder however it is spelled; what has left the hub is its copy there."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() and name not in MINI_DATA else MOVED.get(name, name)
+    path = os.path.expanduser(name)
+    return os.path.realpath(path) if os.path.exists(path) and name not in MINI_DATA else MOVED.get(name, name)
 
 
 def parse_args(argv=None):
@@ -1005,6 +1043,7 @@ def parse_args(argv=None):
     add("--motion-adapter", type=spelled, help="AnimateDiff's, a folder or hub id: makes a text-to-video model of it")
     add("--frames", "--num_frames", type=int, help="of a clip [16]")
     add("--train", choices=("motion", "all"), help="which weights of a text-to-video model learn [motion]")
+    add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: all")
     add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, a folder, a file, or a hub id")
     add("--max-winners", "--max_train_samples", type=int, help="the first N rows only: what is behind is never read")
     add("--resolution", type=int, default=512, help="pixels of the shorter side, then of the centre crop")
@@ -1031,13 +1070,15 @@ def parse_args(argv=None):
     for name, preset in METHODS[o.method].items():
         setattr(o, name, getattr(o, name) or preset)
     join_devices(o)
-    o.part = "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # what a checkpoint holds
+    o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # it saves
     named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in given.items() if name not in UNNAMED]
-    o.out = Path(o.out or "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-"))
+    name = "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-")
+    o.out = Path(os.path.expanduser(o.out or name))
     for name, value in vars(o).items():
-        if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank"):
+        if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank", "lora_rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
-    need(0 <= o.caption_dropout <= 1, "--caption-dropout must be between 0 and 1")
+    need(o.sampler_steps < 1000, "--sampler-steps: there are 1000 noise levels")
+    need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout: from 0 to 1; --lora-rank: 0 or more")
     mini = o.model in MINI
     need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: pickapic, or your own")
     need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (the miniature: 16)")
@@ -1052,7 +1093,7 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
     torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     o.rank, o.world, local = (int(os.environ.get(name, alone)) for name, alone in torchrun.items())
     name, gpus = o.device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
-    need(re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name} must be cpu, cuda or cuda:1")
+    need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:1")
     o.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     need(name == "cpu" or o.device.index < gpus, f"--device {name}: torch finds {gpus} GPUs here; --device cpu works")
     if o.device.type == "cuda":
@@ -1067,12 +1108,12 @@ def run(argv=None):  # the command's whole work; of the miniature the base model
     o = parse_args(argv)
     if o.world > 1:
         dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl")
-    if o.model == "mini":
-        base = parse_args(["--model", "mini-untrained", "--out", MINI_BASE, "--device", str(o.device)])
-        with lock(base, wait=True):
-            if not (base.out / f"checkpoint-{base.steps}").is_dir():
-                train(base)
     with lock(o):
+        if o.model == "mini":
+            base = parse_args(["--model", "mini-untrained", "--out", MINI_BASE, "--device", str(o.device)])
+            with lock(base, wait=True):
+                if not (base.out / f"checkpoint-{base.steps}").is_dir():
+                    train(base)
         train(o)
 
 

@@ -312,7 +312,8 @@ def test_picture_folders(tmp_path, capsys):
     assert "1 left out (6.avif, ...)" in capsys.readouterr().out
     lines = [{"file_name": f"{i}.jpg", "text": f"line {i}"} for i in (0, 3)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert captions_of(folder) == {"line 0"} and "names" in capsys.readouterr().out, "3.jpg is not there"
+    assert captions_of(folder) == {"line 0"}, "3.jpg is not there"
+    assert "5 left out (3.jpg, ...): it takes what metadata.jsonl names" in capsys.readouterr().out
     (folder / "metadata.jsonl").rename(folder / "deep/metadata.jsonl")
     shutil.copy(folder / "0.jpg", folder / "deep/train.jpg")
     (folder / "deep/metadata.jsonl").write_text(json.dumps([{"file_name": "train.jpg", "text": "a list"}]))
@@ -329,7 +330,8 @@ def test_captions_are_read_or_counted_never_garbage(tmp_path):
         c="caf\xe9".encode("cp1252"),
         d="\u5915".encode("sjis"),
     )
-    rows = rows_of(pictures(tmp_path / "p", "a.jpg b.jpg c.jpg d.jpg", **said), 20)
+    said |= dict(e="caf".encode("utf-16-le"), f="caf".encode("utf-32"), g=b"\xff\xfea")
+    rows = rows_of(pictures(tmp_path / "p", "a.jpg b.jpg c.jpg d.jpg e.jpg f.jpg g.jpg", **said), 20)
     assert {row[1] for row in rows} == {"caf\xe9"} and sum(row[-1] for row in rows) >= 10
 
 
@@ -370,9 +372,15 @@ def odd_pictures():
     grey, rotated = Image.new("L", (64, 48), 200), Image.Exif()
     rotated[0x0112] = 6
     deep = Image.fromarray(torch.full((64, 64), 200 * 256, dtype=torch.uint16).numpy())
+    big = Image.frombytes("I;16B", (64, 64), b"\xc8\0" * 4096)
     inks = Image.new("CMYK", (64, 64), (55, 55, 55, 0))
     odd = {"1 pixel": encoded(Image.new("L", (1, 1), 200), "PNG"), "wide": encoded(grey.resize((30000, 1)), "PNG")}
-    odd |= {"16-bit": encoded(deep, "PNG"), "CMYK": encoded(inks, "JPEG"), "WebP": encoded(grey, "WEBP")}
+    odd |= {
+        "16-bit": encoded(deep, "PNG"),
+        "big end first": encoded(big, "TIFF"),
+        "CMYK": encoded(inks, "JPEG"),
+        "WebP": encoded(grey, "WEBP"),
+    }
     odd |= {"animated": encoded(grey, "GIF", save_all=True, append_images=[Image.new("L", (64, 48), 0)] * 3)}
     notes, clear = PngImagePlugin.PngInfo(), Image.new("LA", (64, 64), (0, 0))
     notes.add_text("workflow", "x" * 70_000_000, zip=True)
@@ -740,6 +748,7 @@ def test_which_weights(pipeline, pairs, capsys):
     assert run(pipeline, pairs, "--save-every", 1, "--steps", 2) == 0
     shutil.copytree("run/checkpoint-1/unet", "out/unet")
     shutil.copytree("run/checkpoint-2", "out/checkpoint-9")
+    Path("run/checkpoint-3.tmp").mkdir()  # left by a kill
     taken = {"run": "run/checkpoint-2/unet", "out": "out/unet", "out/unet": "out/unet", "run/checkpoint-1": "out/unet"}
     for where, unet in taken.items():
         found = seppo.load_unet(where, "UNet2DConditionModel")
@@ -749,6 +758,7 @@ def test_which_weights(pipeline, pairs, capsys):
     assert run("half", pairs, "--steps", 1, "--out", "half-run") == 0
     halves = {name: p.half().float() for name, p in weights(pipeline / "unet").items()}
     assert same(weights("half-run/checkpoint-0/unet"), halves)
+    assert same(seppo.load_unet("half/unet", "UNet2DConditionModel").state_dict(), halves)
     for name in ("model.safetensors", "lora/pytorch_lora_weights.safetensors"):
         Path("lora").mkdir(exist_ok=True)
         save_file({"x": torch.zeros(1)}, name)
@@ -888,6 +898,46 @@ def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
             assert metrics()[0][name] == pytest.approx(error.item(), rel=1e-4), name
 
 
+ADAPTERS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_lora(pipeline, pairs, monkeypatch, capsys, evaluate, dtype):
+    """Adapters alone train, are the pool, resume to the bit, and are loaded by diffusers as the last lines say."""
+    argv = ["--lora-rank", 2, "--reference", "latest", "--lr", 1e-2, "--dtype", dtype]
+    assert run(pipeline, pairs, *argv, "--out", "straight") == 0
+    pipe = says_how_to_load(capsys.readouterr().out)
+    with monkeypatch.context() as patch:
+        stopped_after(3, patch)
+        assert run(pipeline, pairs, *argv) == 130
+    assert run(pipeline, pairs, *argv) == 0 and without_clocks(metrics()) == without_clocks(metrics("straight"))
+    files = [load_file(f"{out}/checkpoint-4/{ADAPTERS}") for out in ("run", "straight")]
+    assert same(*files) and [path.name for path in Path("run/checkpoint-4").iterdir()] == [ADAPTERS]
+    assert all(".to_" in name and "lora_" in name and ".attn" in name for name in files[0])
+    losses = [line["loss"] for line in metrics()]
+    assert losses[0] == losses[2] == pytest.approx(math.log(2), abs=1e-6), "B is 0; the reference is read back"
+    base = load(pipeline / "unet")
+    fused = seppo.load_unet("run", base=base)
+    x, t, words = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
+    said = [net.eval()(x, t, words).sample for net in (pipe.unet, fused, base)]
+    torch.testing.assert_close(said[0], said[1], rtol=1e-4, atol=1e-4)
+    assert (said[0] - said[2]).abs().max() > 0.01
+    assert evaluate("--unet", "run", f"file=run/checkpoint-2/{ADAPTERS}") == 0
+    assert len({*drawn()[1].values()}) == 21, "three models, each its own pictures"
+    assert run(pipeline, pairs, "--unet", "run", "--out", "x") == 2 and "fuse a LoRA first" in capsys.readouterr().err
+    save_file({"x": torch.zeros(1)}, "other.safetensors")
+    assert evaluate("--unet", "other.safetensors") == 2 and "no LoRA of this UNet" in capsys.readouterr().err
+
+
+def test_lora_of_motion_modules(pipeline, adapter, clips, capsys):
+    argv = ["--motion-adapter", adapter, "--frames", 4, "--lora-rank", 2, "--generate-batch", 2]
+    assert run(pipeline, clips, *argv) == 0
+    pipe, state = says_how_to_load(capsys.readouterr().out), load_file(f"run/checkpoint-4/{ADAPTERS}")
+    loaded = {name.replace(".default_0.", "."): p for name, p in pipe.unet.named_parameters() if "lora" in name}
+    assert state and all("motion_modules" in name for name in state) and len(loaded) == len(state)
+    assert all(torch.equal(loaded[name.removeprefix("unet.")], p) for name, p in state.items())
+
+
 def test_miniature(monkeypatch, capsys):
     """The first run trains the base, the next finds it; likes fall on the best of four; a flaw costs, grey is 0."""
     for name, steps in (("mini-untrained", 30), ("mini", 2)):
@@ -918,7 +968,9 @@ REFUSED = """--lr 0 => --lr must be positive
 --bet 3 => unrecognized
 --method ppo => invalid choice
 --device tpu => --device tpu must be
---caption-dropout 2 => between 0 and 1
+--caption-dropout 2 => from 0 to 1
+--sampler-steps 1000 => 1000 noise levels
+--device cuda:99999999999 => must be cpu
 --model x => does not go with --model x
 --data nowhere => does not go with --model mini
 --frames 4 => clips need --motion-adapter
@@ -953,6 +1005,20 @@ def test_refusals(pipeline, adapter, pairs, clips, case, capsys):
     assert says in err and err.count("\n") == 1 and "Traceback" not in err, err
 
 
+TABLES = [{"file_name": "0.jpg", "caption": "a"}], ["0.jpg"], None, [None], {"file_name": 5, "prompt": "a"}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_broken_metadata(pipeline, tmp_path, table, capsys):
+    """What is found in the place of file_name and text is said."""
+    pictures(tmp_path / "a", "0.jpg")
+    (tmp_path / "a/metadata.jsonl").write_text(json.dumps(table))
+    assert run(pipeline, tmp_path / "a") == 2
+    err = capsys.readouterr().err
+    first = table[0] if isinstance(table, list) else table
+    assert str(first) in err and "not the keys file_name and text" in err and err.count("\n") == 1
+
+
 BROKEN = {
     "lacks Pick-a-Pic's column label_0": dict(label_0=None),
     "100 rows in a row": dict(jpg_0=[b"x"] * 8, jpg_1=[b"x"] * 8),
@@ -960,6 +1026,7 @@ BROKEN = {
     "the last: no caption": dict(caption=[None] * 8),
     "rows in a row are of no use": dict(label_0=[0.5] * 8),
     "no readable picture": dict(jpg_0=[str(HERE / "LICENSE")] * 8, jpg_1=["x"] * 8),
+    "could not convert string": dict(label_0=[{"a": 1}] * 8),
     "x.parquet cannot be read": b"PAR1" + bytes(500) + b"PAR1",
     "": dict(label_0=[True, False] * 4, label_1=["0", "1"] * 4),
 }
@@ -1401,18 +1468,20 @@ def test_slow_a_kill_inside_every_file(pipeline, pairs, moment):
 
 
 @slow
-@pytest.mark.parametrize("method, unet", [("seppo", {}), ("sspo", {}), ("seppo", {"time_cond_proj_dim": 8})])
-def test_slow_two_processes_are_one(tmp_path, method, unet):
+@pytest.mark.parametrize("how", ["seppo", "sspo", "seppo --lora-rank 2", "seppo unused"])
+def test_slow_two_processes_are_one(tmp_path, how):
     """The same run but for rounding, also of a UNet with weights it never uses; what two began, one ends."""
     (tmp_path / "model").mkdir()
-    model = save_pipeline(tmp_path / "model", **unet)
+    model = save_pipeline(tmp_path / "model", **{"time_cond_proj_dim": 8} if "unused" in how else {})
     data = write_parquet(tmp_path / "p.parquet", pickapic_rows(40))
-    argv = ["--model", model, "--data", data, *TINY, "--batch-size", 16, "--steps", 6, "--method", method]
+    argv = ["--model", model, "--data", data, *TINY, "--batch-size", 16, "--steps", 6]
+    argv += ["--method", *how.replace(" unused", "").split()]
     for n in (1, 2):
         done = process(*argv, "--out", f"run{n}", torchrun=n)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Done.") == 1 and done.stderr.count("96/96") <= 2, "only one process speaks"
-    base, one, two = (weights(f"run{run}/checkpoint-{n}/unet") for run, n in ((1, 0), (1, 6), (2, 6)))
+    file = ADAPTERS if "lora" in how else "unet/diffusion_pytorch_model.safetensors"
+    base, one, two = (load_file(f"run{run}/checkpoint-{n}/{file}") for run, n in ((1, 0), (1, 6), (2, 6)))
     assert distance(one, two) < 0.01 * distance(base, one)
     for a, b in zip(without_clocks(metrics("run1")), without_clocks(metrics("run2")), strict=True):
         assert all(b[k] == (pytest.approx(v, rel=1e-3, abs=1e-5) if isinstance(v, float) else v) for k, v in a.items())
