@@ -762,8 +762,8 @@ def load_models(o):
 
         torch.manual_seed(key(o.seed, "lora"))
         policy.requires_grad_(False)
-        where = ".*motion_modules.*" if o.train == "motion" else ".*attentions.*"
-        targets = dict(target_modules=rf"{where}\.to_(q|k|v|out\.0)")
+        where = "motion_modules" if o.train == "motion" else "(attentions|motion_modules)"
+        targets = dict(target_modules=rf".*{where}.*\.to_(q|k|v|out\.0)")
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     return policy.to(o.device).eval(), codec  # eval: dropout would part policy and reference
 
