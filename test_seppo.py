@@ -488,7 +488,7 @@ def cut_out(*names):
 CUT = "seppo_loss choose_reference predict denoising_error batch_loss SOLVERS NOISE_LEVELS make_solver sample".split()
 
 
-RUNS = """--solver ddim --guidance 1; --reference latest --beta 300; --method spin --guidance 3;
+RUNS = """--solver ddim --guidance 1 --sampler-steps 6; --reference latest --beta 300; --method spin --guidance 3;
     --method sspo --beta 300 --generate-batch 1; --method dpo --caption-dropout 0.6; --method sft;
     --method ditto --model v"""
 
@@ -499,7 +499,7 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
     plain Python, its gradient by the functions that a student would copy."""
     levels = shutil.copytree(pipeline, "v") / Path("scheduler/scheduler_config.json")
     levels.write_text(json.dumps(json.loads(levels.read_text()) | {"prediction_type": "v_prediction"}))
-    o = seppo.parse_args(["--model", str(pipeline), "--data", str(pairs), "--device", "cpu", *argv.split()])
+    o = seppo.parse_args(["--model", str(pipeline), "--data", str(pairs), *TINY, *argv.split()])
     assert run(pipeline, pairs, *argv.split(), "--save-every", 1, "--steps", 4) == 0
     cut, pipe = cut_out(*CUT), StableDiffusionPipeline.from_pretrained(o.model, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
@@ -536,9 +536,9 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
                 x_r = latents([row[3] for row in rows], noise_r)
             elif o.loser == "generated":
                 pipe.unet = reference
-                settings = dict(num_inference_steps=2, guidance_scale=o.guidance, height=64, width=64)
+                settings = dict(num_inference_steps=o.sampler_steps, guidance_scale=o.guidance, height=64, width=64)
                 x_r = pipe([row[1] for row in rows], latents=noise_r, output_type="latent", **settings).images
-                again = cut.sample(reference, noising, noise_r, asked, empty, o.solver, 2, o.guidance)
+                again = cut.sample(reference, noising, noise_r, asked, empty, o.solver, o.sampler_steps, o.guidance)
                 torch.testing.assert_close(again, x_r, rtol=1e-3, atol=1e-3)
         anchor = reference if o.loser != "none" else None
         loss, _ = cut.batch_loss(policy, anchor, noising, x_w, eps, t, context, x_r, None, o.beta, o.flip)
