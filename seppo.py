@@ -861,8 +861,8 @@ def untrained_mini():
 ROOM = "make room, or choose another --out; what was whole there is whole still"
 SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # is it learning? On the bar
-MACHINE = "micro_batch generate_batch gradient_checkpointing compile device half rank world out".split()  # may change
-UNNAMED = ["model", "method", *MACHINE]  # in the run's folder's name
+MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out".split()
+UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # what may change on resuming does not name the folder
 
 
 @contextlib.contextmanager
@@ -913,7 +913,8 @@ def begin(o, data, trainer):
         then = json.loads(path.read_text())["options"] if path.exists() else options
     changed = [f"{name} was {then.get(name)}, is {now}" for name, now in options.items() if now != then.get(name)]
     need(not changed, f"{o.out} holds a run with other options ({', '.join(changed)}): choose another --out")
-    config = {"options": options, "sampler": dict(make_solver(trainer.codec.scheduler, o.solver).config)}
+    config = {"options": options, "machine": f"{o.world} x {o.device}, {o.dtype}"}
+    config["sampler"] = dict(make_solver(trainer.codec.scheduler, o.solver).config)
     config["versions"] = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
     if o.rank == 0:
         with whole(path) as file:
@@ -934,8 +935,7 @@ def begin(o, data, trainer):
 
 
 def save(o, trainer, data, update, interval_ends=True):
-    """The picture, the pool's next checkpoint as diffusers loads it, then the state to resume from: a kill in between
-    repeats work, and loses none."""
+    """The picture, the pool's next checkpoint, then the state to resume from: a kill repeats work, and loses none."""
     if o.rank == 0 and interval_ends:
         sample_pictures(o, trainer, data, update)
         with whole(o.out / f"checkpoint-{update}") as folder:
