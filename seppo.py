@@ -233,8 +233,8 @@ class Trainer:
         # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid; times
         # this it is 8 * error * sigmoid, in the middle of fp16's range whatever beta and N are. Weights are fp32.
         full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
-        self.scale = full if o.dtype == "fp16" else 1.0  # the largest; progress has the present one
-        self.progress = {"scale": self.scale, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
+        self.scale = full if o.dtype == "fp16" else 1.0  # a constant, times one correction, progress["scale"]
+        self.progress = {"scale": 1.0, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of the update under way: {statistic: sum}; Counter.update adds
 
@@ -291,7 +291,7 @@ class Trainer:
             micro = {name: value[i] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
             with self.autocast():
                 loss, statistics = batch_loss(self.policy, self.reference, codec.scheduler, **micro)
-            (self.progress["scale"] * loss).backward()
+            (self.scale * self.progress["scale"] * loss).backward()
             self.sums.update({name: value.sum().float() for name, value in statistics.items()})
         if is_first:  # what is not finite is seen before the rest is generated
             finite = torch.stack([gradient.isfinite().all() for gradient in self.gradients()]).all().float()
@@ -306,7 +306,7 @@ class Trainer:
             for tensor in (*self.gradients(), totals):
                 dist.all_reduce(tensor)
         for gradient in self.gradients():
-            gradient /= progress["scale"] * o.batch_size
+            gradient /= self.scale * progress["scale"] * o.batch_size
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_NORM).item()
         sums = dict(zip(self.sums, totals.tolist()))
         means = {name: sums[name] / sums["winners"] for name in OF_WINNERS if name in sums}
@@ -317,7 +317,7 @@ class Trainer:
         if math.isfinite(norm):
             self.optimizer.step()
             progress["in_a_row"] = 0
-            progress["scale"] = min(self.scale, 1.1 * progress["scale"])
+            progress["scale"] = min(1.0, 1.1 * progress["scale"])
         else:  # no step, and nulls in the log; in fp16 the next updates are scaled less
             progress["in_a_row"] += 1
             progress["skipped_updates"] += 1
