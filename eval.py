@@ -70,7 +70,7 @@ def table(scores, paper=False):
         title, scale = SCORERS[name]
         head += [title + " x100" * (scale == 100), "wins vs base"]
         paper_row += [f"{PAPER.get(name, '')}", ""]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     for model, values in scores.items():
         row = [model]
         for name, x in values.items():
@@ -85,11 +85,11 @@ def table(scores, paper=False):
         rows.append(row)
     if paper and {*base} & {*PAPER}:
         rows.append(paper_row)
-    return markdown(rows)
+    return markdown(*rows)
 
 
-def markdown(rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def markdown(head, *rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 # ---- 2. The scorers -------------------------------------------------------------------------------------------------

@@ -1222,9 +1222,8 @@ def test_broken_scorer_files_are_missing(scorer_weights):
     head = Path(evaluation.AESTHETIC, evaluation.AESTHETIC_FILE)
     hps, reward = "xswu/HPSv2/HPS_v2_compressed.pt", "zai-org/ImageReward/ImageReward.pt"
     broken = [("imagereward", reward, imagereward_state(depth=1)), ("aesthetic", head, head_state(16))]
-    for i, (name, file, state) in enumerate(
-        [*broken, ("hpsv2", hps, {}), ("clip", f"{evaluation.L14}/tokenizer.json", {})]
-    ):
+    broken += [("hpsv2", hps, {}), ("clip", f"{evaluation.L14}/tokenizer.json", {})]
+    for i, (name, file, state) in enumerate(broken):
         path = shutil.copytree(scorer_weights, Path(f"{i}")) / file
         torch.save(state, path) if state else path.write_bytes(b"torn")
         with pytest.raises(seppo.UserError):
@@ -1293,9 +1292,8 @@ def test_evaluation_edges(pipeline, evaluate, scorer_weights, capsys):
     assert evaluate(*some, "clip", "--seed", -7) == 2 and f"{torn} cannot be read" in capsys.readouterr().err
     file = next((shutil.copytree(pipeline, Path("nan")) / "vae").glob("*.safetensors"))
     save_file({name: v * math.nan for name, v in load_file(file).items()}, file, {"format": "pt"})
-    assert (
-        evaluate("--model", "nan") == 2 and "base: 'picture 0' becomes what is not finite" in capsys.readouterr().err
-    )
+    assert evaluate("--model", "nan") == 2
+    assert "base: 'picture 0' becomes what is not finite" in capsys.readouterr().err
     scorer = evaluation.load_scorer("clip", scorer_weights)
     pytest.raises(ValueError, scorer.score, [Image.new("RGB", (9, 9))], ["a", "b"])
 
@@ -1316,9 +1314,8 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
     """Killed and begun again it makes the same files; and whatever changes a picture changes its name."""
     other_unet("other", pipeline)
     assert evaluate("--unet", "x=other", "--out", "straight") == 0
-    calls, stop, sample = [], 2, seppo.sample
-    counted = lambda *args: interrupt() if calls.append(1) or len(calls) == stop else sample(*args)
-    monkeypatch.setattr(seppo, "sample", counted)
+    calls, stop, draw = [], 2, seppo.sample
+    monkeypatch.setattr(seppo, "sample", lambda *a: interrupt() if calls.append(a) or len(calls) == stop else draw(*a))
     assert evaluate("--unet", "x=other") == 130
     next(Path("out/pictures/base").glob("00001-*.png")).unlink()  # its batch of three is made again, and no other
     assert evaluate("--unet", "x=other") == 0 and len(calls) == 2 + 6
@@ -1399,11 +1396,14 @@ def test_the_studys_tables_from_planted_scores(tmp_path, monkeypatch):
         monkeypatch.setattr(study, name, lambda *args, value=value: value)
     study.study(argparse.Namespace(**study.FULL), tmp_path)
     rows = [line[2:-2].split(" | ") for line in (tmp_path / "study.md").read_text().splitlines() if " ± " in line]
+    switch = {row[0]: row[2:] for row in rows if row[1] == "near"}
     rows = {row[0]: row[1:] for row in rows[: len(study.VARIANTS)]}  # of the first world
     assert rows["seppo"][:2] == ["0.0001", "25"] and rows["sspo"][:2] == ["0.0009*", "5"]
-    for name, score in {"spin": 0.4, "ditto": 0.4, "sft": 0.4, "seppo": 0.6, "sspo": 0.7}.items():
-        mean, half = map(float, rows[name][2].split(" ± "))
-        assert abs(mean - score) <= half < 0.04, name
+    shown = [(rows[v][2], score) for v, score in dict(spin=0.4, sft=0.4, seppo=0.6, sspo=0.7).items()]
+    shown += [(switch["sspo - seppo"][0], 0.1), *((cell, 0) for cell in switch["random, no flip - ditto"])]
+    for found, score in shown:
+        mean, half = map(float, found.split(" ± "))
+        assert abs(mean - score) <= half < 0.1, found
     assert float(rows["dpo"][5]) < 0.05 and rows["sspo"][7] == "25%" and rows["seppo"][9] == "50% ± 0%"
     assert Image.open(tmp_path / "heat.png").width > 900
 

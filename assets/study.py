@@ -36,12 +36,11 @@ import seppo  # noqa: E402
 VARIANTS = {method: ["--method", method] for method in seppo.METHODS}
 VARIANTS |= {"random, no flip": ["--flip", "none"], "initial, sign": ["--reference", "initial"]}  # switches from seppo
 NEAR = ["--method", "sft", "--steps", "300", "--lr", "9e-4"]  # what the base of `near` has learned before
-FULL = dict(variants=[*VARIANTS], lr=(1e-5, 3e-5, 1e-4, 3e-4), beta=(5, 25), beyond=True)
+FULL = dict(variants=[*VARIANTS], lr=(1e-5, 3e-5, 1e-4, 3e-4), beta=(5, 25), edge=True)
 FULL |= dict(grid=(0, 1), chosen=(2, 3, 4, 5), fresh=tuple(range(10, 18)))
-SMALL = dict(variants=["seppo", "sspo", "sft"], lr=(1e-4,), beta=(5,), beyond=False)
-SMALL |= dict(grid=(0,), chosen=(), fresh=(10, 11))
+SMALL = dict(variants=["seppo", "sspo", "sft"], lr=(1e-4,), beta=(5,), edge=False, grid=(0,), chosen=(), fresh=(8, 9))
 BEYOND = {1e-5: 3e-6, 3e-4: 9e-4, 5: 1, 25: 125}  # the edges, and what lies beyond them
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by the number of seeds
+T95 = (None, float("nan"), 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by the number of values
 
 
 # ---- A run ----------------------------------------------------------------------------------------------------------
@@ -125,13 +124,11 @@ def run_cell(world, base, variant, lr, beta, seed, truth=False):
     argv += ["--unet", base] if world == "near" else []
     code, reason = quietly(argv)
     seppo.need(code == 0 or "not finite" in reason, f"python seppo.py {' '.join(argv)}: {reason}")
-    with contextlib.redirect_stdout(io.StringIO()):
-        o = seppo.parse_args(argv)
+    o = seppo.parse_args(argv)
     last, lines = run / f"checkpoint-{o.steps}", (run / "metrics.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, lines) if line["sign_neg"] is not None]
-    cell = dict(
-        world=world, variant=variant, lr=lr, beta=beta, seed=seed, score=0.0 if code else mini_mean(load_net(last))
-    )
+    score = 0.0 if code else mini_mean(load_net(last))
+    cell = dict(world=world, variant=variant, lr=lr, beta=beta, seed=seed, score=score)
     for sign in ("sign_neg", "sign_zero", "sign_pos") if lines else ():
         cell[sign] = sum(line[sign] for line in lines) / len(lines)
     if truth and code == 0 and o.flip != "none":
@@ -172,10 +169,13 @@ class Runs:
 
 # ---- The comparison -------------------------------------------------------------------------------------------------
 
-LEGEND = """Score: the mean of 480 pictures, over {seeds}; ± is its 95 % interval (Student's t, not corrected
-for the number of comparisons), differences are paired by seed; * lies beyond the grid. Worst cell, cells below the
-base: of the grid. Made x^r: the share of winners that got a sample. x^r better: than the policy's own from the same
-noise; precision and recall of the sign -1 for that, by one draw of (t, eps) and by 16. {runs} runs.
+ONE_SWITCH = [("seppo", "random, no flip"), ("sspo", "seppo"), ("seppo", "initial, sign")]  # a method, less another
+ONE_SWITCH += [("random, no flip", "spin"), ("random, no flip", "ditto")]
+LEGEND = """Score: the mean of 480 pictures, over the seeds {fresh}; settings chosen on {chosen}; * is beyond the grid.
+±: a 95 % interval (Student's t, not corrected for the number of comparisons), of differences paired by seed. Worst
+cell, cells below the base: of the grid. Made x^r: the share of winners that got a sample. x^r better: than the
+policy's own from the same noise; precision and recall of the sign -1 for that, by one draw of (t, eps) and by 16. One
+switch turned: at both methods' chosen settings, then at each lr of the grid, paired by beta and seed. {runs} runs.
 """
 
 
@@ -190,7 +190,7 @@ def choose(runs, plan):  # the three steps -> {(world, variant): (lr, beta)}, an
     runs.make([(*pair, *at, seed) for pair in pairs for at in grid[pair] for seed in plan.grid], "grid")
     mean = lambda pair, seeds: lambda at: runs.mean(seeds, *pair, *at)
     tried = {pair: list(grid[pair]) for pair in pairs}
-    for pair in pairs if plan.beyond else ():
+    for pair in pairs if plan.edge else ():
         lr, beta = max(grid[pair], key=mean(pair, plan.grid))
         tried[pair] += [(BEYOND[lr], beta)] if lr in BEYOND else []
         tried[pair] += [(lr, BEYOND[beta])] if beta in BEYOND else []
@@ -205,17 +205,13 @@ def tables(runs, plan, chosen, grid):
     heads += ["made x^r", "x^r better", "sign -1", "precision", "recall", "16 draws: precision", "recall"]
     text = []
     for world in runs.bases:
-        rows, at_base = [heads, ["---"] * len(heads)], runs.lines[world, "base", 0, 0, 0]["score"]
+        rows, at_base = [heads], runs.lines[world, "base", 0, 0, 0]["score"]
         fresh = {v: [runs.lines[world, v, *chosen[world, v], seed] for seed in plan.fresh] for v in plan.variants}
         for v in plan.variants:
             lr, beta = chosen[world, v]
             score = [line["score"] for line in fresh[v]]
-            row = [
-                v,
-                f"{lr:g}" + "*" * (lr not in plan.lr),
-                f"{beta:g}" + "*" * (beta not in plan.beta) if beta else "",
-            ]
-            row.append(interval(score))
+            star = lambda value, tried: f"{value:g}" + "*" * (value not in tried)
+            row = [v, star(lr, plan.lr), star(beta, plan.beta) if beta else "", interval(score)]
             for other in ("sft", "seppo"):
                 minus = [a - b["score"] for a, b in zip(score, fresh[other])]
                 row.append(interval(minus, "{:+.3f} ± {:.3f}") if v != other else "")
@@ -227,17 +223,25 @@ def tables(runs, plan, chosen, grid):
             for name in ("better", "minus", "precision", "recall", "precision_many", "recall_many"):
                 row.append(interval([line[name] for line in known], "{:.0%} ± {:.0%}") if len(known) > 1 else "")
             rows.append(row)
-        text.append(f"## World `{world}`: the base model has {at_base:.3f}\n\n{evaluation.markdown(rows)}\n")
-        rates = sorted({lr for v in plan.variants for lr, _ in grid[world, v]})
-        rows = [["mean over betas and grid seeds", *(f"{lr:g}" for lr in rates)], ["---"] * (1 + len(rates))]
-        for v in plan.variants:
-            at = lambda lr: [runs.mean(plan.grid, world, v, *p) for p in grid[world, v] if p[0] == lr]
-            rows.append([v, *(f"{sum(at(lr)) / len(at(lr)):.3f}" for lr in rates)])
-        text.append(evaluation.markdown(rows) + "\n")
-    settings = ", ".join(map(str, plan.grid + plan.chosen))
-    seeds = f"fresh seeds {plan.fresh[0]} to {plan.fresh[-1]}, the settings on {settings}"
-    text.append(LEGEND.format(seeds=seeds, runs=len(runs.lines) - len(runs.bases)))
+        text.append(f"## World `{world}`: the base model has {at_base:.3f}\n\n{evaluation.markdown(*rows)}\n")
+    text.append(f"## One switch turned\n\n{evaluation.markdown(*one_switch(runs, plan, chosen))}\n")
+    text.append(
+        LEGEND.format(fresh=plan.fresh, chosen=plan.grid + plan.chosen, runs=len(runs.lines) - len(runs.bases))
+    )
     return "\n".join(text)
+
+
+def one_switch(runs, plan, chosen):  # -> the rows of that table
+    rows = [["method, less another", "world", "score", *(f"at lr {lr:g}" for lr in plan.lr)]]
+    for world, (a, b) in itertools.product(runs.bases, ONE_SWITCH):
+        if {a, b} <= {*plan.variants}:
+            score = lambda v, *at: runs.lines[world, v, *at]["score"]
+            cells = [[score(a, *chosen[world, a], seed) - score(b, *chosen[world, b], seed) for seed in plan.fresh]]
+            for lr in plan.lr:
+                at = [(lr, *pair) for pair in itertools.product(plan.beta, plan.grid)]
+                cells.append([score(a, *point) - score(b, *point) for point in at])
+            rows.append([f"{a} - {b}", world, *(interval(cell, "{:+.3f} ± {:.3f}") for cell in cells)])
+    return rows
 
 
 def study(plan, out):
@@ -312,9 +316,5 @@ def run(argv=None):
     study(argparse.Namespace(**(SMALL if o.small else FULL)), out)
 
 
-def main(argv=None):
-    return seppo.main(argv, run, "study.py")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(seppo.main(None, run, "study.py"))
