@@ -140,8 +140,7 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
     found = {"winners": ones, "loss": losses, "logit": d["logit"], "policy_w": policy_w, "reference_w": reference_w}
     found |= {"sign_pos": d["sign"] > 0, "sign_neg": d["sign"] < 0, "sign_zero": d["sign"] == 0}
     found |= {"pairs": pairs, "policy_r": pairs * policy_r, "reference_r": pairs * reference_r}
-    preferred = (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2  # whatever the sign; a tie counts half
-    found |= {"implicit_acc": pairs * preferred}
+    found |= {"implicit_acc": pairs * (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2}  # a tie counts half
     return losses.sum(), {name: value.detach() for name, value in found.items()}
 
 
@@ -243,9 +242,8 @@ class Trainer:
         k = update // self.o.save_every + 1
         index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
         if index != self.reference_index:
-            file, named = Path(self.o.part, "diffusion_pytorch_model.safetensors"), lambda name: name
-            if self.o.part == "lora":
-                file, named = LORA_FILE, lambda name: "unet." + name.replace(".default.", ".")
+            file = LORA_FILE if self.o.part == "lora" else f"{self.o.part}/diffusion_pytorch_model.safetensors"
+            named = lambda name: "unet." + name.replace(".default.", ".") if file == LORA_FILE else name
             weights = {named(name): p for name, p in self.reference.named_parameters() if name in self.trained}
             fill(weights, self.o.out / f"checkpoint-{index * self.o.save_every}" / file)
             if self.half_copy:
@@ -757,7 +755,6 @@ def load_models(o):
         if o.train == "motion":
             policy.freeze_unet2d_params()
     if o.lora_rank:  # adapters of the attention train, nothing else; alpha is the rank, as loaders take it
-        need(diffusers.utils.is_peft_available(), "--lora-rank needs peft: pip install -r requirements.txt")
         from peft import LoraConfig
 
         torch.manual_seed(key(o.seed, "lora"))
@@ -984,32 +981,34 @@ def sample_pictures(o, trainer, data, update):
 
 
 def check_numeric_path(o, trainer):  # at equal weights s_w and s_r must be 0, or beta makes preferences of rounding
-    drawn = draws("check", range(o.micro_batch), trainer.shape, 1000, 0)  # noise will do for latents
-    t, _, eps, x_w, x_r = (v.to(o.device) for v in drawn)
-    batch = dict(x_w=x_w, eps=eps, t=t, context=trainer.empty.expand(len(t), -1, -1), x_r=x_r)
+    t, _, eps, x_w, x_r = (v.to(o.device) for v in draws("check", range(o.micro_batch), trainer.shape, 1000, 0))
+    batch = dict(x_w=x_w, eps=eps, t=t, context=trainer.empty.expand(len(t), -1, -1), x_r=x_r)  # noise as latents
     with trainer.autocast():
         _, m = batch_loss(trainer.policy, trainer.reference, trainer.codec.scheduler, **batch)
     gaps = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
     logit = 0.5 * o.beta * gaps.abs().max().item()
-    if logit > 0:
-        print(f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart instead of 0")
+    print(f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart")
     need(logit < 0.3, f"self-check: {logit:.2g} of a logit: not computed on one numeric path, signs would be rounding")
 
 
 def how_to_load(o):  # the last lines of a run: a program that loads what it made
-    where, step = str(o.out), f"checkpoint-{o.steps}"
+    load = lambda kind, *where: f"diffusers.{kind}.from_pretrained({', subfolder='.join(map(repr, where))})"
+    folder, parts = f"checkpoint-{o.steps}", {}  # parts of a pipeline that are not the model's own
     kind = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
-    load = [f"{o.part} = diffusers.{kind}.from_pretrained({where!r}, subfolder='{step}/{o.part}')"]
-    net = f", {o.part}={o.part}" + ", motion_adapter=None" * bool(o.frames and o.part == "unet")
-    if o.part == "lora":
-        load = [f"motion = diffusers.MotionAdapter.from_pretrained({o.motion_adapter!r})"] if o.frames else []
-        net = ", motion_adapter=motion" if o.frames else ""
-    net += f", scheduler=diffusers.DDIMScheduler(**{ANIMATEDIFF})" if o.frames else ""
-    kind = "AnimateDiffPipeline" if o.frames else "StableDiffusionPipeline"
-    load += [f"pipe = diffusers.{kind}.from_pretrained({o.model!r}{net})"] if o.model not in MINI else []
-    net, more = ("unet", "adapter") if o.model in MINI else ("pipe", "weights")
-    load += [f"{net}.load_lora_{more}({str(Path(where, step))!r})"] if o.part == "lora" else []
-    return "\n  ".join([" To load it:", "import diffusers", *load])
+    if o.part != "lora":
+        parts[o.part] = load(kind, str(o.out), f"{folder}/{o.part}")
+    elif o.model in MINI:
+        parts["unet"] = load(kind, MINI_BASE, f"checkpoint-{MINI['mini-untrained']['steps']}/unet")
+    if o.frames:
+        parts.setdefault("motion_adapter", load("MotionAdapter", o.motion_adapter) if o.part == "lora" else "None")
+        parts["scheduler"] = f"diffusers.DDIMScheduler(**{ANIMATEDIFF})"
+    lines = [f"{name} = {value}" for name, value in parts.items()]
+    pipeline = "AnimateDiffPipeline" if o.frames else "StableDiffusionPipeline"
+    call = f"diffusers.{pipeline}.from_pretrained({o.model!r}{''.join(f', {name}={name}' for name in parts)})"
+    lines += [f"pipe = {call}"] if o.model not in MINI else []
+    call, more = ("unet.load_lora_adapter", ", prefix='unet'") if o.model in MINI else ("pipe.load_lora_weights", "")
+    lines += [f"{call}({str(o.out / folder)!r}, weight_name={LORA_FILE!r}{more})"] if o.part == "lora" else []
+    return "\n  ".join([" To load it:", "import diffusers", *lines])
 
 
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
@@ -1077,6 +1076,7 @@ def parse_args(argv=None):
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank", "lora_rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
+    need(not (o.lora_rank and o.unet), "--lora-rank adapts --model's own UNet: save a pipeline with that of --unet")
     need(o.sampler_steps < 1000, "--sampler-steps: there are 1000 noise levels")
     need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout: from 0 to 1; --lora-rank: 0 or more")
     mini = o.model in MINI
