@@ -171,12 +171,11 @@ class Runs:
 
 ONE_SWITCH = [("seppo", "random, no flip"), ("sspo", "seppo"), ("seppo", "initial, sign")]  # a method, less another
 ONE_SWITCH += [("random, no flip", "spin"), ("random, no flip", "ditto")]
-LEGEND = """Score: the mean of 480 pictures, over the seeds {fresh}; settings chosen on {chosen}; * is beyond the grid.
-±: a 95 % interval (Student's t, not corrected for the number of comparisons), of differences paired by seed. Worst
-cell, cells below the base: of the grid. Made x^r: the share of winners that got a sample. x^r better: than the
-policy's own from the same noise; precision and recall of the sign -1 for that, by one draw of (t, eps) and by 16. One
-switch turned: at both methods' chosen settings, then at each lr of the grid, paired by beta and seed. {runs} runs.
-"""
+LEGEND = """Score: the mean of 480 pictures. ±: a 95 % interval over the seeds {fresh}, for these pictures' noises
+and one base model (Student's t, not corrected for the number of comparisons); differences are paired by seed. Settings
+chosen on {chosen}; *: beyond the grid, nothing further was tried. Cells: of the grid, means of its seeds. x^r better:
+than the policy's own from the same noise; a coin's precision for the sign -1 is that, its recall the share of -1. sspo
+makes no x^r there. One switch turned: at the chosen settings; at each lr mean (range) over beta, seed. {runs} runs."""
 
 
 def interval(values, form="{:.3f} ± {:.3f}"):
@@ -240,7 +239,8 @@ def one_switch(runs, plan, chosen):  # -> the rows of that table
             for lr in plan.lr:
                 at = [(lr, *pair) for pair in itertools.product(plan.beta, plan.grid)]
                 cells.append([score(a, *point) - score(b, *point) for point in at])
-            rows.append([f"{a} - {b}", world, *(interval(cell, "{:+.3f} ± {:.3f}") for cell in cells)])
+            spread = [f"{sum(c) / len(c):+.3f} ({min(c):+.3f} to {max(c):+.3f})" for c in cells[1:]]
+            rows.append([f"{a} - {b}", world, interval(cells[0], "{:+.3f} ± {:.3f}"), *spread])
     return rows
 
 
