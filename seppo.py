@@ -1004,10 +1004,10 @@ def how_to_load(o):  # the last lines of a run: a program that loads what it mad
         parts["scheduler"] = f"diffusers.DDIMScheduler(**{ANIMATEDIFF})"
     lines = [f"{name} = {value}" for name, value in parts.items()]
     pipeline = "AnimateDiffPipeline" if o.frames else "StableDiffusionPipeline"
-    call = f"diffusers.{pipeline}.from_pretrained({o.model!r}{''.join(f', {name}={name}' for name in parts)})"
-    lines += [f"pipe = {call}"] if o.model not in MINI else []
-    call, more = ("unet.load_lora_adapter", ", prefix='unet'") if o.model in MINI else ("pipe.load_lora_weights", "")
-    lines += [f"{call}({str(o.out / folder)!r}, weight_name={LORA_FILE!r}{more})"] if o.part == "lora" else []
+    given = "".join(f", {name}={name}" for name in parts)
+    lines += [f"pipe = diffusers.{pipeline}.from_pretrained({o.model!r}{given})"] if o.model not in MINI else []
+    method, more = ("unet.load_lora_adapter", ", prefix='unet'") if o.model in MINI else ("pipe.load_lora_weights", "")
+    lines += [f"{method}({str(o.out / folder)!r}, weight_name={LORA_FILE!r}{more})"] if o.part == "lora" else []
     return "\n  ".join([" To load it:", "import diffusers", *lines])
 
 

@@ -171,11 +171,12 @@ class Runs:
 
 ONE_SWITCH = [("seppo", "random, no flip"), ("sspo", "seppo"), ("seppo", "initial, sign")]  # a method, less another
 ONE_SWITCH += [("random, no flip", "spin"), ("random, no flip", "ditto")]
-LEGEND = """Score: the mean of 480 pictures. ±: a 95 % interval over the seeds {fresh}, for these pictures' noises
-and one base model (Student's t, not corrected for the number of comparisons); differences are paired by seed. Settings
-chosen on {chosen}; *: beyond the grid, nothing further was tried. Cells: of the grid, means of its seeds. x^r better:
-than the policy's own from the same noise; a coin's precision for the sign -1 is that, its recall the share of -1. sspo
-makes no x^r there. One switch turned: at the chosen settings; at each lr mean (range) over beta, seed. {runs} runs."""
+LEGEND = """Score: of 480 pictures. ±: a 95 % interval over the seeds {fresh} (Student's t, not corrected for the
+number of comparisons), for one base model and these pictures' noises; differences are paired by seed. Settings chosen
+on {chosen}; *: beyond the grid, nothing further was tried. Cells: the grid's. x^r better: than the policy's own from
+the same noise. Sign -1: what the criterion says (sspo then makes no x^r); precision, recall: for that, by one draw of
+(t, eps) and by 16; gain: over a coin's precision, which is "x^r better". One switch turned: at both methods' settings;
+at each lr mean (range) over beta, seed. strip.png: of each world base, sft, spin, seppo, sspo. {n} runs."""
 
 
 def interval(values, form="{:.3f} ± {:.3f}"):
@@ -201,7 +202,7 @@ def choose(runs, plan):  # the three steps -> {(world, variant): (lr, beta)}, an
 
 def tables(runs, plan, chosen, grid):
     heads = ["method", "lr", "beta", "score", "minus sft", "minus seppo", "worst cell", "cells below the base"]
-    heads += ["made x^r", "x^r better", "sign -1", "precision", "recall", "16 draws: precision", "recall"]
+    heads += ["made x^r", "x^r better", "sign -1", "precision", "gain", "recall", "16 draws: precision", "recall"]
     text = []
     for world in runs.bases:
         rows, at_base = [heads], runs.lines[world, "base", 0, 0, 0]["score"]
@@ -218,15 +219,13 @@ def tables(runs, plan, chosen, grid):
             row += [f"{min(cells):.3f}", f"{sum(cell < at_base for cell in cells)} of {len(cells)}"]
             made = [line["sign_pos"] if v == "sspo" else 1.0 for line in fresh[v] if "sign_pos" in line]
             row.append(f"{sum(made) / len(made):.0%}" if made and v not in ("dpo", "sft") else "")
-            known = [line for line in fresh[v] if "precision" in line]
-            for name in ("better", "minus", "precision", "recall", "precision_many", "recall_many"):
-                row.append(interval([line[name] for line in known], "{:.0%} ± {:.0%}") if len(known) > 1 else "")
+            known = [x | {"gain": x["precision"] - x["better"]} for x in fresh[v] if "precision" in x]
+            for name in ("better", "minus", "precision", "gain", "recall", "precision_many", "recall_many"):
+                row.append(interval([line[name] for line in known], "{:.1%} ± {:.1%}") if known else "")
             rows.append(row)
         text.append(f"## World `{world}`: the base model has {at_base:.3f}\n\n{evaluation.markdown(*rows)}\n")
     text.append(f"## One switch turned\n\n{evaluation.markdown(*one_switch(runs, plan, chosen))}\n")
-    text.append(
-        LEGEND.format(fresh=plan.fresh, chosen=plan.grid + plan.chosen, runs=len(runs.lines) - len(runs.bases))
-    )
+    text.append(LEGEND.format(fresh=plan.fresh, chosen=plan.grid + plan.chosen, n=len(runs.lines) - len(runs.bases)))
     return "\n".join(text)
 
 
@@ -260,8 +259,9 @@ def study(plan, out):
     for world, folder in bases.items():
         shown = [v for v in ("sft", "spin", "seppo", "sspo") if v in plan.variants]
         cells = [(world, v, *chosen[world, v], plan.fresh[0]) for v in shown]
-        nets += [folder, *(path for cell in cells for path in place(*cell).glob("checkpoint-*"))]
-    draw_strip([load_net(folder) for folder in nets], out / "strip.png")
+        nets += [folder, *(str(place(*cell)) for cell in cells)]
+    with seppo.explained("strip.png cannot be drawn", "it needs the nets of runs/study, where the runs were made"):
+        draw_strip([load_net(folder) for folder in nets], out / "strip.png")
     print(f"{text}\nIn {out}: study.md, heat.png, strip.png (rows: {', '.join(map(str, nets))})")
 
 
