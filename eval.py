@@ -603,7 +603,7 @@ MINI |= {name: seppo.SMALL[name] for name in ("sampler_steps", "guidance")}
 def parse_args(argv=None):  # a command line -> all options; raises UserError
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
-    add = parser.add_argument
+    add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--model", "--pretrained_model_name_or_path", type=seppo.spelled, default="mini", help="the base model")
     add("--unet", nargs="+", help="NAME=WHERE or WHERE: runs (the last checkpoint), checkpoints, UNets, hub ids")
     add("--motion-adapter", type=seppo.spelled, help="makes a text-to-video model of it; --unet takes such ones too")

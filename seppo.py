@@ -1029,9 +1029,9 @@ def spelled(name):
 
 def parse_args(argv=None):
     """A command line -> all options. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="[Defaults]; the miniature has some of its own.")
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
-    add = parser.add_argument
+    add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--method", default="seppo", choices=METHODS, help="a preset for the next three")
     add("--loser", choices=("generated", "data", "none"), help="what stands where DPO has the losing picture")
     add("--reference", choices=("random", "latest", "initial"), help="which checkpoint so far is the reference")

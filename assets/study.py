@@ -173,10 +173,10 @@ ONE_SWITCH = [("seppo", "random, no flip"), ("sspo", "seppo"), ("seppo", "initia
 ONE_SWITCH += [("random, no flip", "spin"), ("random, no flip", "ditto")]
 LEGEND = """Score: of 480 pictures. ±: a 95 % interval over the seeds {fresh} (Student's t, not corrected for the
 number of comparisons), for one base model and these pictures' noises; differences are paired by seed. Settings chosen
-on {chosen}; *: beyond the grid, nothing further was tried. Cells: the grid's. x^r better: than the policy's own from
-the same noise. Sign -1: what the criterion says (sspo then makes no x^r); precision, recall: for that, by one draw of
-(t, eps) and by 16; gain: over a coin's precision, which is "x^r better". One switch turned: at both methods' settings;
-at each lr mean (range) over beta, seed. strip.png: of each world base, sft, spin, seppo, sspo. {n} runs."""
+on {chosen}; *: beyond the grid, nothing further was tried. Cells: the grid's, 2 seeds. x^r better: than the policy's
+own from the same noise. Sign -1: what the criterion says (sspo then makes no x^r), by one draw of (t, eps) and by 16;
+gain: its precision less a coin's, which is "x^r better". One switch turned: at both methods' settings; at each lr mean
+(range) over beta, seed. strip.png: of each world base, sft, spin, seppo, sspo. {n} runs."""
 
 
 def interval(values, form="{:.3f} ± {:.3f}"):
@@ -202,7 +202,7 @@ def choose(runs, plan):  # the three steps -> {(world, variant): (lr, beta)}, an
 
 def tables(runs, plan, chosen, grid):
     heads = ["method", "lr", "beta", "score", "minus sft", "minus seppo", "worst cell", "cells below the base"]
-    heads += ["made x^r", "x^r better", "sign -1", "precision", "gain", "recall", "16 draws: precision", "recall"]
+    heads += ["made x^r", "x^r better", "sign -1", "gain", "recall", "16 draws: gain", "recall"]
     text = []
     for world in runs.bases:
         rows, at_base = [heads], runs.lines[world, "base", 0, 0, 0]["score"]
@@ -219,9 +219,10 @@ def tables(runs, plan, chosen, grid):
             row += [f"{min(cells):.3f}", f"{sum(cell < at_base for cell in cells)} of {len(cells)}"]
             made = [line["sign_pos"] if v == "sspo" else 1.0 for line in fresh[v] if "sign_pos" in line]
             row.append(f"{sum(made) / len(made):.0%}" if made and v not in ("dpo", "sft") else "")
-            known = [x | {"gain": x["precision"] - x["better"]} for x in fresh[v] if "precision" in x]
-            for name in ("better", "minus", "precision", "gain", "recall", "precision_many", "recall_many"):
-                row.append(interval([line[name] for line in known], "{:.1%} ± {:.1%}") if known else "")
+            known = [x for x in fresh[v] if "precision" in x]
+            for name in ("better", "minus", "precision", "recall", "precision_many", "recall_many"):
+                rates = [x[name] - x["better"] * name.startswith("precision") for x in known]
+                row.append(interval(rates, "{:.1%} ± {:.1%}") if known else "")
             rows.append(row)
         text.append(f"## World `{world}`: the base model has {at_base:.3f}\n\n{evaluation.markdown(*rows)}\n")
     text.append(f"## One switch turned\n\n{evaluation.markdown(*one_switch(runs, plan, chosen))}\n")
@@ -258,8 +259,7 @@ def study(plan, out):
     nets = []
     for world, folder in bases.items():
         shown = [v for v in ("sft", "spin", "seppo", "sspo") if v in plan.variants]
-        cells = [(world, v, *chosen[world, v], plan.fresh[0]) for v in shown]
-        nets += [folder, *(str(place(*cell)) for cell in cells)]
+        nets += [folder, *(str(place(world, v, *chosen[world, v], plan.fresh[0])) for v in shown)]
     with seppo.explained("strip.png cannot be drawn", "it needs the nets of runs/study, where the runs were made"):
         draw_strip([load_net(folder) for folder in nets], out / "strip.png")
     print(f"{text}\nIn {out}: study.md, heat.png, strip.png (rows: {', '.join(map(str, nets))})")
@@ -294,13 +294,13 @@ def draw_heat(runs, plan, grid, path):
             betas = sorted({beta for _, beta in grid[world, v]})
             values = [[mean[v, lr, beta] for lr in plan.lr] for beta in betas]
             axis.imshow(values, cmap="RdBu", vmin=at_base - reach, vmax=at_base + reach, aspect="auto")
-            axis.set_title(f"{v} ({world})", fontsize=8)
+            axis.set_title(f"{v} ({world}: {at_base:.2f})", fontsize=8)
             axis.set_xticks(range(len(plan.lr)), [f"{lr:g}" for lr in plan.lr], fontsize=7)
             axis.set_yticks(range(len(betas)), [f"{beta:g}" if beta else "" for beta in betas], fontsize=7)
             for y, x in itertools.product(range(len(betas)), range(len(plan.lr))):
                 ink = "white" if abs(values[y][x] - at_base) > 0.6 * reach else "black"
                 axis.text(x, y, f"{values[y][x]:.2f}", ha="center", va="center", fontsize=7, color=ink)
-    figure.suptitle("mean score on the grid's seeds, lr across, beta down; white: the base model", fontsize=9)
+    figure.suptitle("mean score on the grid's seeds; lr across, beta down; white, and in brackets: base", fontsize=9)
     with seppo.whole(path) as file:
         figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
