@@ -152,16 +152,21 @@ class Runs:
         self.path, self.bases = path, bases
         self.lines = {self.key(line): line for line in map(json.loads, path.read_text().splitlines())}
 
+    def add(self, line):
+        self.lines[self.key(line)] = line
+        with open(self.path, "a") as file:
+            print(json.dumps(line), file=file)
+
     def make(self, cells, what, truth=False):
         """Runs what is missing of these cells (world, variant, lr, beta, seed), on all cores."""
         missing = [cell for cell in dict.fromkeys(cells) if cell not in self.lines]
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             jobs = [pool.submit(run_cell, c[0], self.bases[c[0]], *c[1:], truth) for c in missing]
             for job in tqdm(as_completed(jobs), desc=what, total=len(jobs), unit="run"):
-                line = job.result()
-                self.lines[self.key(line)] = line
-                with open(self.path, "a") as file:
-                    print(json.dumps(line), file=file)
+                if not job.exception():
+                    self.add(job.result())
+            for job in jobs:  # what failed is said when the others are written
+                job.result()
 
     def mean(self, seeds, *point):
         return sum(self.lines[*point, seed]["score"] for seed in seeds) / len(seeds)
@@ -249,8 +254,8 @@ def study(plan, out):
     bases = base_models()
     runs = Runs(out / "study.jsonl", bases)
     for world, folder in bases.items():
-        line = dict(world=world, variant="base", lr=0, beta=0, seed=0, score=mini_mean(load_net(folder)))
-        runs.lines.setdefault(runs.key(line), line)
+        if (world, "base", 0, 0, 0) not in runs.lines:
+            runs.add(dict(world=world, variant="base", lr=0, beta=0, seed=0, score=mini_mean(load_net(folder))))
     chosen, grid = choose(runs, plan)
     runs.make([(*pair, *at, seed) for pair, at in chosen.items() for seed in plan.fresh], "fresh seeds", truth=True)
     text = tables(runs, plan, chosen, grid)
@@ -279,14 +284,10 @@ def draw_strip(nets, path):
 
 def draw_heat(runs, plan, grid, path):
     """heat.png: the mean score of every cell of the grid, a row of maps a world; white is the base, red below it."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = dict(figsize=(2.1 * len(plan.variants), 4), layout="constrained", squeeze=False)
-    figure, axes = pyplot.subplots(2, len(plan.variants), **size)
-    for row, world in zip(axes, runs.bases):
+    figure = Figure(figsize=(2.1 * len(plan.variants), 4), layout="constrained")
+    for row, world in zip(figure.subplots(2, len(plan.variants), squeeze=False), runs.bases):
         at_base = runs.lines[world, "base", 0, 0, 0]["score"]
         mean = {(v, *at): runs.mean(plan.grid, world, v, *at) for v in plan.variants for at in grid[world, v]}
         reach = max(max(mean.values()) - at_base, 1e-3)
@@ -303,7 +304,6 @@ def draw_heat(runs, plan, grid, path):
     figure.suptitle("mean score on the grid's seeds; lr across, beta down; white, and in brackets: base", fontsize=9)
     with seppo.whole(path) as file:
         figure.savefig(file, format="png", dpi=100)
-    pyplot.close(figure)
 
 
 def run(argv=None):
