@@ -545,11 +545,11 @@ COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0
 def open_data(o):
     """--data: the miniature, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
     folder, rows = Path(o.data), mini_rows(o.data) if o.data in MINI_DATA else []
-    if os.path.isdir(o.data) and not rows:  # captions decide: a stray Parquet file beside them is not the data
+    if os.path.isdir(o.data) and not rows and o.loser != "data":  # captions decide, not a Parquet file beside them
         with explained(f"--data {folder} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
             rows = folder_rows(folder, FILMS if o.frames else PICTURES)
     if not rows:
-        need(not o.frames, f"--data {o.data} is no folder of captioned clips, which --motion-adapter needs")
+        need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
         return Winners(o, *parquet_groups(o.data))
     return Winners(o, o.data, [(len(rows), lambda: rows)])
 
@@ -613,7 +613,10 @@ def parquet_groups(name):
             root = f"datasets/{source}"
             system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks read what nobody asked for
         names = of_train(source, [file for file in names if file.endswith(".parquet")])
-        need(names or os.path.isfile(name), f"--data {source} has no captioned pictures and no Parquet files")
+        need(
+            names or os.path.isfile(name),
+            f"--data {source} has no Parquet (which --loser data needs) or captioned pictures",
+        )
         files = [f"{root}/{file}" for file in names] or [name]
         files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards

@@ -176,12 +176,12 @@ class Runs:
 
 ONE_SWITCH = [("seppo", "random, no flip"), ("sspo", "seppo"), ("seppo", "initial, sign")]  # a method, less another
 ONE_SWITCH += [("random, no flip", "spin"), ("random, no flip", "ditto")]
-LEGEND = """Score: of 480 pictures. ±: a 95 % interval over the seeds {fresh} (Student's t, not corrected for the
+LEGEND = """Score: of 480 pictures. ±: a 95 % interval over the seeds {plan.fresh} (Student's t, not corrected for the
 number of comparisons), for one base model and these pictures' noises; differences are paired by seed. Settings chosen
-on {chosen}; *: beyond the grid, nothing further was tried. Cells: the grid's, 2 seeds. x^r better: than the policy's
-own from the same noise. Sign -1: what the criterion says (sspo then makes no x^r), by one draw of (t, eps) and by 16;
-gain: its precision less a coin's, which is "x^r better". One switch turned: at both methods' settings; at each lr mean
-(range) over beta, seed. strip.png: of each world base, sft, spin, seppo, sspo. {n} runs."""
+on {plan.grid}, the best two on {plan.chosen} too; *: beyond the grid, nothing further was tried. Cells: the grid's.
+x^r better: than the policy's own from the same noise. Sign -1: what the criterion says (sspo then makes no x^r), by
+one draw of (t, eps) and by 16; gain: its precision less a coin's, "x^r better". One switch turned: at both methods'
+settings; at each lr mean (range) over beta, seed. strip.png: of each world base, sft, spin, seppo, sspo. {n} runs."""
 
 
 def interval(values, form="{:.3f} ± {:.3f}"):
@@ -231,7 +231,7 @@ def tables(runs, plan, chosen, grid):
             rows.append(row)
         text.append(f"## World `{world}`: the base model has {at_base:.3f}\n\n{evaluation.markdown(*rows)}\n")
     text.append(f"## One switch turned\n\n{evaluation.markdown(*one_switch(runs, plan, chosen))}\n")
-    text.append(LEGEND.format(fresh=plan.fresh, chosen=plan.grid + plan.chosen, n=len(runs.lines) - len(runs.bases)))
+    text.append(LEGEND.format(plan=plan, n=len(runs.lines) - len(runs.bases)))
     return "\n".join(text)
 
 
