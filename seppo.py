@@ -613,10 +613,7 @@ def parquet_groups(name):
             root = f"datasets/{source}"
             system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks read what nobody asked for
         names = of_train(source, [file for file in names if file.endswith(".parquet")])
-        need(
-            names or os.path.isfile(name),
-            f"--data {source} has no Parquet (which --loser data needs) or captioned pictures",
-        )
+        need(names or os.path.isfile(name), f"--data {source} has no Parquet (--loser data needs it) or captions")
         files = [f"{root}/{file}" for file in names] or [name]
         files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards

@@ -989,13 +989,13 @@ REFUSED = """--lr 0 => --lr must be positive
 --model EMPTY --data PAIRS --resolution 64 => empty cannot be read
 --model MODEL --data pickapic --resolution 64 => Pulkit996/pick-a-pic-v2
 --model MODEL --data no/such --resolution 64 => --data no/such cannot be read
---model MODEL --data EMPTY --resolution 64 => or captioned pictures
+--model MODEL --data EMPTY --resolution 64 => or captions
 --model MODEL --data OUTSIDE --resolution 64 => outside the folder
 --model MODEL --data PAIRS --resolution 64 --unet ADAPTER => holds a MotionAdapter
 --model MODEL --data CLIPS --resolution 64 --motion-adapter MODEL => holds a UNet2DConditionModel
 --model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --frames 9 => too many for this motion adapter
 --model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --frames 4 --method dpo => clips (no pairs)
---model MODEL --data EMPTY --resolution 64 --method dpo => which --loser data needs
+--model MODEL --data EMPTY --resolution 64 --method dpo => --loser data needs it
 --model MODEL --data PAIRS --resolution 64 --out FILE => cannot be written
 --model MODEL --data PAIRS --resolution 64 --out OTHER => choose another"""
 
