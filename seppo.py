@@ -377,8 +377,12 @@ def train(o):
             if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
                 save(o, trainer, captions, update + 1, interval_ends)
                 saved = time.monotonic()
-    result = mini_result(o, base, policy, codec) + "Measure more with: python eval.py. " if base else ""
-    print(f"Done. {result}{o.out}/samples/step-{o.steps}.png shows base model and policy.{how_to_load(o)}")
+    print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model and the policy.")
+    if base:
+        print(
+            mini_result(trainer, base), "Next: python eval.py measures it, README.md says how to train on your images."
+        )
+    print(how_to_load(o))
 
 
 # ---- 5. The data ----------------------------------------------------------------------------------------------------
@@ -789,8 +793,8 @@ def fill(tensors, path):  # {name: tensor} from a safetensors file, in place: no
 
 # ---- 7. The miniature -----------------------------------------------------------------------------------------------
 # The toy task: text-to-image for two CPU cores, on the same code path as Stable Diffusion. Its 16 x 16 pictures show
-# captioned shapes with random amounts of four flaws: off-centre, too pale or too strong, blurred, small. The base model
-# was trained on all of them. The simulated users prefer the picture with the highest `mini_score` of four. The net
+# captioned shapes with random amounts of four flaws: off-centre, too pale or too strong, blurred, small. The base
+# model was trained on all of them. Simulated users prefer the picture with the highest `mini_score` of four. The net
 # predicts v, because a net this small samples well in few steps with v, but not with eps.
 
 COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.8, -0.6, 1), "yellow": (1, 0.9, -0.8)}
@@ -806,9 +810,9 @@ MINI_BASE = Path(__file__).parent / "assets" / "mini-base"  # train it anew afte
 
 
 def draw_mini(captions, flaws):
-    """B captions, (B, 5) flaws (x, y in [-0.6, 0.6]; contrast in [-1, 1], where below 0 is too pale; blur and smallness
-    in [0, 1]) -> (B, 3, 16, 16) in [-1, 1]. A flawless picture uses 0.6 of the range, so that contrast can be too
-    strong as well as too weak."""
+    """B captions, (B, 5) flaws -> (B, 3, 16, 16) in [-1, 1]. flaws: x and y in [-0.6, 0.6], contrast in [-1, 1] (below
+    0 is too pale), blur and smallness in [0, 1]; 0 is flawless. A flawless picture uses 0.6 of the range of pixels, so
+    that contrast can be too strong as well as too weak."""
     axis = (torch.arange(16) - 7.5) / 5.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     colours, shapes = zip(*(caption.split()[1:] for caption in captions))
@@ -867,7 +871,7 @@ class Miniature:
 
 def untrained_mini():
     torch.manual_seed(0)
-    size = dict(sample_size=8, in_channels=12, out_channels=12, block_out_channels=(32, 64), layers_per_block=1)
+    size = dict(sample_size=8, in_channels=12, out_channels=12, block_out_channels=(48, 48), layers_per_block=1)
     size |= dict(cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
     blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     return UNet2DConditionModel(**size, **blocks)
@@ -1027,18 +1031,17 @@ def labelled_rows(captions, rows):
     return sheet
 
 
-def mini_result(o, base, policy, codec, n=480):
+def mini_result(trainer, base, n=480):
     """The toy task's result in words: n images of base model and policy from the same noise, by mini_score."""
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
-    *_, noise = draws("result", range(n), (12, 8, 8), 1, 0)
-    context, empty = codec.encode_text(captions), codec.encode_text([""])
-    settings = dict(solver=o.solver, steps=o.sampler_steps, guidance=o.guidance)
-    pixels = [
-        codec.decode(sample(net, codec.scheduler, noise.to(o.device), context, empty, **settings))
-        for net in (base, policy)
+    captions, codec = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)], trainer.codec
+    *_, noise = draws("result", range(n), trainer.shape, 1, 0)
+    words, settings = codec.encode_text(captions), trainer.sampler_options
+    made = [
+        sample(net, codec.scheduler, noise.to(trainer.o.device), words, **settings) for net in (base, trainer.policy)
     ]
-    before, after = (mini_score(p.cpu(), captions) for p in pixels)
-    return f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1: flawless, 0: plain grey), better than the base model for {(after > before).float().mean():.0%} of {n} images. "
+    before, after = (mini_score(codec.decode(latents), captions) for latents in made)
+    better = (after > before).float().mean()
+    return f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1: flawless, 0: plain grey). The image got better for {100 * better:.0f} % of {n} captions."
 
 
 def check_numeric_path(o, trainer):  # at equal weights s_w and s_r must be 0, or beta makes preferences of rounding
@@ -1069,7 +1072,7 @@ def how_to_load(o):  # the last lines of a run: a program that loads what it mad
     lines += [f"pipe = diffusers.{pipeline}.from_pretrained({o.model!r}{given})"] if o.model not in MINI else []
     method, more = ("unet.load_lora_adapter", ", prefix='unet'") if o.model in MINI else ("pipe.load_lora_weights", "")
     lines += [f"{method}({str(o.out / folder)!r}, weight_name={LORA_FILE!r}{more})"] if o.part == "lora" else []
-    return "\n  ".join([" To load it:", "import diffusers", *lines])
+    return "\n  ".join(["To load it:", "import diffusers", *lines])
 
 
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
