@@ -1041,7 +1041,8 @@ def mini_result(trainer, base, n=480):
     ]
     before, after = (mini_score(codec.decode(latents), captions) for latents in made)
     better = (after > before).float().mean()
-    return f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1: flawless, 0: plain grey). The image got better for {100 * better:.0f} % of {n} captions."
+    better = f"the image got better for {100 * better:.0f} % of {n} captions"
+    return f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1: flawless, 0: plain grey); {better}."
 
 
 def check_numeric_path(o, trainer):  # at equal weights s_w and s_r must be 0, or beta makes preferences of rounding

@@ -942,7 +942,7 @@ def test_the_toy_task_starts_from_the_shipped_base(monkeypatch, capsys):
     monkeypatch.setitem(seppo.MINI, "mini", seppo.MINI["mini"] | dict(steps=2, save_every=1))
     assert seppo.main(["--device", "cpu"]) == 0 and seppo.main("--device cpu --lora-rank 2".split()) == 0
     said = capsys.readouterr().out
-    assert re.search(r"Mean score 0\.\d\d -> 0\.\d\d .* for \d+ % of 480 images", said) and "python eval.py" in said
+    assert re.search(r"Mean score 0\.\d\d -> 0\.\d\d .* for \d+ % of 480 captions", said) and "python eval.py" in said
     assert says_how_to_load(said).peft_config and Path("runs/mini-seppo-lora-rank-2").is_dir()
     assert same(weights("runs/mini-seppo/checkpoint-0/unet"), weights(seppo.MINI_BASE))
     assert metrics("runs/mini-seppo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
