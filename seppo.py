@@ -61,23 +61,26 @@ from tqdm import tqdm
 # is its reference): only the winner speaks. "Inferred" means below: the paper does not say.
 
 
-def seppo_loss(policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
+def anchor_criterion(policy_w, reference_w, flip="sign"):
+    """The (B,) signs of the anchor criterion, without gradient, from the errors of x^w (see seppo_loss).
+    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation 1(x > 0),
+    where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError."""
+    if flip not in ("sign", "indicator", "none"):
+        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
+    sign = torch.sign(reference_w - policy_w).detach()
+    return {"sign": sign, "indicator": sign.clamp(min=0), "none": torch.ones_like(sign)}[flip]
+
+
+def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
-    (reference_w: the reference's, of x^w); all on one numeric path, in fp32: beta multiplies their rounding.
-    flip: what becomes of the sign. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation
-    1(x > 0), where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError.
-    sign: (B,), where it was decided beforehand (Trainer.anchor_sign); None: decided here. `flip` is applied to both.
+    (reference_w: the reference's error of x^w). They are passed by name, because other code has another order. All
+    must be computed the same way (dtype, kernels, batch shape) and be fp32: beta multiplies their rounding.
+    sign: (B,), if anchor_criterion has been asked before (Trainer.anchor_sign); None: it is asked here, with `flip`.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
     tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`."""
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
-    sign = torch.sign(-s_w).detach() if sign is None else sign
-    if flip == "indicator":
-        sign = sign.clamp(min=0)
-    elif flip == "none":
-        sign = torch.ones_like(sign)
-    elif flip != "sign":
-        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
+    sign = anchor_criterion(policy_w, reference_w, flip) if sign is None else sign
     logit = -0.5 * beta * (s_w - sign * s_r)
     rewards = {"reward_w": -0.5 * beta * s_w.detach(), "reward_r": -0.5 * beta * s_r.detach()}
     return -F.logsigmoid(logit), {"sign": sign, "logit": logit.detach()} | rewards
@@ -134,7 +137,8 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
     policy_w, policy_r = denoising_error(policy, scheduler, x, eps, t, context).chunk(2)
     with torch.no_grad():
         reference_w, reference_r = denoising_error(reference, scheduler, x, eps, t, context).chunk(2)
-    losses, d = seppo_loss(policy_w, reference_w, policy_r, reference_r, beta, flip, sign)
+    errors = dict(policy_w=policy_w, reference_w=reference_w, policy_r=policy_r, reference_r=reference_r)
+    losses, d = seppo_loss(**errors, beta=beta, flip=flip, sign=sign)
     ones = torch.ones_like(losses)
     pairs = ones if sign is None else sign.abs()
     found = {"winners": ones, "loss": losses, "logit": d["logit"], "policy_w": policy_w, "reference_w": reference_w}
@@ -197,17 +201,16 @@ class Trainer:
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
         self.reference, self.reference_index, self.half_copy = None, None, None
-        for module in policy.modules() if o.dtype == "fp16" and o.part == "lora" else ():
-            if type(module) in (torch.nn.Linear, torch.nn.Conv2d) and not module.weight.requires_grad:
-                module.half()  # what autocast rounds anyway, and nobody trains or saves
-        if o.loser != "none":  # a copy, but what does not train is shared: deepcopy keeps what its memo holds
+        if o.loser != "none":  # a copy that shares the frozen weights: deepcopy does not copy objects in its memo
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
-        if o.loser == "generated" and o.dtype == "fp16" and o.part != "lora":  # rounding is harmless in what generates
-            self.half_copy = copy.deepcopy(self.reference).half()
-            for mine, its in zip(self.reference.modules(), self.half_copy.modules()):
-                if type(mine) in (torch.nn.Linear, torch.nn.Conv2d):  # autocast rounds these: one copy serves both
-                    mine.weight, mine.bias = its.weight, its.bias
+        if o.dtype == "fp16" and (self.reference or o.part != "unet"):
+            self.half_copy = copy.deepcopy(policy).half().requires_grad_(False)  # precise enough for generating
+            # Autocast rounds these weights anyway, so all nets share them. What a checkpoint saves stays in fp32.
+            for net in filter(None, (self.reference, policy if o.part != "unet" else None)):
+                for mine, its in zip(net.modules(), self.half_copy.modules()):
+                    if type(mine) in (torch.nn.Linear, torch.nn.Conv2d) and not mine.weight.requires_grad:
+                        mine.weight, mine.bias = its.weight, its.bias
         # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
         net = self.half_copy or self.reference
         self.sampling_net = torch.compile(net) if o.compile else net
@@ -256,10 +259,18 @@ class Trainer:
         signs = []
         for micro in zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context))):
             with self.autocast():
-                policy_w = denoising_error(self.policy, self.codec.scheduler, *micro)
-                reference_w = denoising_error(self.reference, self.codec.scheduler, *micro)
-            signs.append((policy_w < reference_w).float())
+                nets = self.policy, self.reference
+                signs.append(
+                    anchor_criterion(*(denoising_error(n, self.codec.scheduler, *micro) for n in nets), self.o.flip)
+                )
         return torch.cat(signs)
+
+    def generate(self, net, noise, captions):
+        """noise, (B, tokens, width) captions -> the net's samples as clean latents, --generate-batch at a time."""
+        batches = zip(noise.split(self.o.generate_batch), captions.split(self.o.generate_batch))
+        with self.autocast(enabled=self.o.dtype == "fp16" and net is self.policy):
+            made = [sample(net, self.codec.scheduler, *batch, **self.sampler_options) for batch in batches]
+        return torch.cat(made)
 
     def gradient(self, rows):
         """Adds the gradient of these rows' summed loss, and their statistics, to those of the update under way."""
@@ -280,11 +291,9 @@ class Trainer:
             wanted = torch.ones_like(t)  # 1: make an x^r
             if o.flip == "indicator":
                 wanted = batch["sign"] = self.anchor_sign(x_w, eps, t, context)
-            x_r = batch["x_r"] = x_w.clone()
-            draw = functools.partial(sample, self.sampling_net, codec.scheduler, **self.sampler_options)
-            with self.autocast(enabled=o.dtype == "fp16" and not self.half_copy):
-                for i in wanted.nonzero()[:, 0].split(o.generate_batch) if wanted.any() else ():
-                    x_r[i] = draw(noise_r[i], captions[i])  # by the real captions
+            batch["x_r"], i = x_w.clone(), wanted.nonzero()[:, 0]
+            if len(i):
+                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], captions[i])  # with the true captions
         for i in torch.arange(len(t), device=o.device).split(o.micro_batch):
             micro = {name: value[i] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
             with self.autocast():
@@ -963,14 +972,11 @@ def resume(o, trainer):  # -> how many updates are done, everything being as it 
 
 def sample_pictures(o, trainer, data, update):
     """samples/step-N.png: the first captions from fixed noise, base model above, policy below; of a clip a row."""
-    n, base, pixels = 12 if o.model in MINI else 4, o.out / "samples" / "step-0.png", []
+    n, base = 12 if o.model in MINI else 4, o.out / "samples" / "step-0.png"
     captions = trainer.codec.encode_text([data[i][1] for i in range(n)])
     *_, noise = draws("samples", range(n), trainer.shape, 1, 0)
-    for x, context in zip(noise.to(o.device).split(o.generate_batch), captions.split(o.generate_batch)):
-        with trainer.autocast():
-            latents = sample(trainer.policy, trainer.codec.scheduler, x, context, **trainer.sampler_options)
-        pixels.append(trainer.codec.decode(latents))
-    pixels = ((torch.cat(pixels) + 1) * 127.5).round().byte().cpu().movedim(1, -1)  # (n, [F,] R, R, 3)
+    pixels = trainer.codec.decode(trainer.generate(trainer.policy, noise.to(o.device), captions))
+    pixels = ((pixels + 1) * 127.5).round().byte().cpu().movedim(1, -1)  # (n, [F,] R, R, 3)
     side, across = max(96, o.resolution), o.frames or n
     tiles = [Image.fromarray(tile.numpy()).resize((side, side), Image.NEAREST) for tile in pixels.flatten(0, -4)]
     grid = diffusers.utils.make_image_grid(tiles, len(tiles) // across, across)
