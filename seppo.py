@@ -62,23 +62,26 @@ from tqdm import tqdm
 # is its reference): only the winner speaks. "Inferred" means below: the paper does not say.
 
 
-def seppo_loss(policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
+def anchor_criterion(policy_w, reference_w, flip="sign"):
+    """The (B,) signs of the anchor criterion, without gradient, from the errors of x^w (see seppo_loss).
+    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation 1(x > 0),
+    where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError."""
+    if flip not in ("sign", "indicator", "none"):
+        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
+    sign = torch.sign(reference_w - policy_w).detach()
+    return {"sign": sign, "indicator": sign.clamp(min=0), "none": torch.ones_like(sign)}[flip]
+
+
+def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
-    (reference_w: the reference's, of x^w); all on one numeric path, in fp32: beta multiplies their rounding.
-    flip: what becomes of the sign. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation
-    1(x > 0), where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError.
-    sign: (B,), where it was decided beforehand (Trainer.anchor_sign); None: decided here. `flip` is applied to both.
+    (reference_w: the reference's error of x^w). They are passed by name, because other code has another order. All
+    must be computed the same way (dtype, kernels, batch shape) and be fp32: beta multiplies their rounding.
+    sign: (B,), if anchor_criterion has been asked before (Trainer.anchor_sign); None: it is asked here, with `flip`.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
     tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`."""
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
-    sign = torch.sign(-s_w).detach() if sign is None else sign
-    if flip == "indicator":
-        sign = sign.clamp(min=0)
-    elif flip == "none":
-        sign = torch.ones_like(sign)
-    elif flip != "sign":
-        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
+    sign = anchor_criterion(policy_w, reference_w, flip) if sign is None else sign
     logit = -0.5 * beta * (s_w - sign * s_r)
     rewards = {"reward_w": -0.5 * beta * s_w.detach(), "reward_r": -0.5 * beta * s_r.detach()}
     return -F.logsigmoid(logit), {"sign": sign, "logit": logit.detach()} | rewards
@@ -135,7 +138,8 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
     policy_w, policy_r = denoising_error(policy, scheduler, x, eps, t, context).chunk(2)
     with torch.no_grad():
         reference_w, reference_r = denoising_error(reference, scheduler, x, eps, t, context).chunk(2)
-    losses, d = seppo_loss(policy_w, reference_w, policy_r, reference_r, beta, flip, sign)
+    errors = dict(policy_w=policy_w, reference_w=reference_w, policy_r=policy_r, reference_r=reference_r)
+    losses, d = seppo_loss(**errors, beta=beta, flip=flip, sign=sign)
     ones = torch.ones_like(losses)
     pairs = ones if sign is None else sign.abs()
     found = {"winners": ones, "loss": losses, "logit": d["logit"], "policy_w": policy_w, "reference_w": reference_w}
@@ -198,17 +202,16 @@ class Trainer:
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
         self.reference, self.reference_index, self.half_copy = None, None, None
-        for module in policy.modules() if o.dtype == "fp16" and o.part == "lora" else ():
-            if type(module) in (torch.nn.Linear, torch.nn.Conv2d) and not module.weight.requires_grad:
-                module.half()  # what autocast rounds anyway, and nobody trains or saves
-        if o.loser != "none":  # a copy, but what does not train is shared: deepcopy keeps what its memo holds
+        if o.loser != "none":  # a copy that shares the frozen weights: deepcopy does not copy objects in its memo
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
-        if o.loser == "generated" and o.dtype == "fp16" and o.part != "lora":  # rounding is harmless in what generates
-            self.half_copy = copy.deepcopy(self.reference).half()
-            for mine, its in zip(self.reference.modules(), self.half_copy.modules()):
-                if type(mine) in (torch.nn.Linear, torch.nn.Conv2d):  # autocast rounds these: one copy serves both
-                    mine.weight, mine.bias = its.weight, its.bias
+        if o.dtype == "fp16" and (self.reference or o.part != "unet"):
+            self.half_copy = copy.deepcopy(policy).half().requires_grad_(False)  # precise enough for generating
+            # Autocast rounds these weights anyway, so all nets share them. What a checkpoint saves stays in fp32.
+            for net in filter(None, (self.reference, policy if o.part != "unet" else None)):
+                for mine, its in zip(net.modules(), self.half_copy.modules()):
+                    if type(mine) in (torch.nn.Linear, torch.nn.Conv2d) and not mine.weight.requires_grad:
+                        mine.weight, mine.bias = its.weight, its.bias
         # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
         net = self.half_copy or self.reference
         self.sampling_net = torch.compile(net) if o.compile else net
@@ -257,10 +260,18 @@ class Trainer:
         signs = []
         for micro in zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context))):
             with self.autocast():
-                policy_w = denoising_error(self.policy, self.codec.scheduler, *micro)
-                reference_w = denoising_error(self.reference, self.codec.scheduler, *micro)
-            signs.append((policy_w < reference_w).float())
+                nets = self.policy, self.reference
+                signs.append(
+                    anchor_criterion(*(denoising_error(n, self.codec.scheduler, *micro) for n in nets), self.o.flip)
+                )
         return torch.cat(signs)
+
+    def generate(self, net, noise, captions):
+        """noise, (B, tokens, width) captions -> the net's samples as clean latents, --generate-batch at a time."""
+        batches = zip(noise.split(self.o.generate_batch), captions.split(self.o.generate_batch))
+        with self.autocast(enabled=self.o.dtype == "fp16" and net is not self.sampling_net):
+            made = [sample(net, self.codec.scheduler, *batch, **self.sampler_options) for batch in batches]
+        return torch.cat(made)
 
     def gradient(self, rows):
         """Adds the gradient of these rows' summed loss, and their statistics, to those of the update under way."""
@@ -281,11 +292,9 @@ class Trainer:
             wanted = torch.ones_like(t)  # 1: make an x^r
             if o.flip == "indicator":
                 wanted = batch["sign"] = self.anchor_sign(x_w, eps, t, context)
-            x_r = batch["x_r"] = x_w.clone()
-            draw = functools.partial(sample, self.sampling_net, codec.scheduler, **self.sampler_options)
-            with self.autocast(enabled=o.dtype == "fp16" and not self.half_copy):
-                for i in wanted.nonzero()[:, 0].split(o.generate_batch) if wanted.any() else ():
-                    x_r[i] = draw(noise_r[i], captions[i])  # by the real captions
+            batch["x_r"], i = x_w.clone(), wanted.nonzero()[:, 0]
+            if len(i):
+                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], captions[i])  # with the true captions
         for i in torch.arange(len(t), device=o.device).split(o.micro_batch):
             micro = {name: value[i] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
             with self.autocast():
@@ -988,60 +997,53 @@ def resume(o, trainer):  # -> how many updates are done, everything being as it 
 
 def sample_pictures(o, trainer, captions, update):
     """samples/step-N.png: the same captions and noise at every N, the base model above and the policy below it."""
-    file, base, pixels = o.out / "samples" / f"step-{update}.png", o.out / "samples" / "step-0.png", []
-    context = trainer.codec.encode_text(captions)
+    base, label = o.out / "samples" / "step-0.png", f"update {update}" if update else "base model"
     *_, noise = draws("samples", range(len(captions)), trainer.shape, 1, 0)
-    for x, words in zip(noise.to(o.device).split(o.generate_batch), context.split(o.generate_batch)):
-        with trainer.autocast():
-            latents = sample(trainer.policy, trainer.codec.scheduler, x, words, **trainer.sampler_options)
-        pixels.append(trainer.codec.decode(latents))
-    pixels, label = torch.cat(pixels).cpu(), f"update {update}" if update else "base model"
-    rows = {"": pixels} if update and base.exists() else {}  # the base model's row is copied below
+    pixels = trainer.generate(trainer.policy, noise.to(o.device), trainer.codec.encode_text(captions))
+    pixels, rows = trainer.codec.decode(pixels).cpu(), {}
+    if update and base.exists():
+        rows[""] = pixels  # the base model's row is copied over it below
     if o.model in MINI:
-        ideal = draw_mini(captions, torch.zeros(len(captions), 5))
-        rows |= {f"{label}\nscore {mini_score(pixels, captions).mean():.2f}": pixels, "ideal\nscore 1.00": ideal}
+        rows[f"{label}\nscore {mini_score(pixels, captions).mean():.2f}"] = pixels
+        rows["ideal\nscore 1.00"] = draw_mini(captions, torch.zeros(len(captions), 5))
     else:
-        rows |= {label: pixels}
+        rows[label] = pixels
     sheet = labelled_rows(captions, rows)
     if "" in rows:
-        row = (0, HEAD, sheet.width, HEAD + (sheet.height - HEAD) // len(rows))
-        sheet.paste(Image.open(base).crop(row), row)
-    with whole(file) as temporary:
-        sheet.save(temporary, "PNG")
+        place = (0, HEAD, sheet.width, HEAD + (sheet.height - HEAD) // len(rows))
+        sheet.paste(Image.open(base).crop(place), place)
+    with whole(base.with_name(f"step-{update}.png")) as file:
+        sheet.save(file, "PNG")
 
 
 def labelled_rows(captions, rows):
     """An image with one column per caption and one row per entry of {label: (n, 3, [F,] R, R) pixels in [-1, 1]}. A
     clip is shown as four of its frames, one below the other."""
-    sheet, font = None, ImageFont.load_default(13)
+    font, sheet = ImageFont.load_default(13), None
     for y, (label, pixels) in enumerate(rows.items()):
         if pixels.ndim == 5:  # (n, 3, F, R, R) -> (n, 3, 4 R, R)
             pixels = pixels[:, :, :: max(1, pixels.shape[2] // 4)][:, :, :4].flatten(2, 3)
         pixels = ((pixels + 1) * 127.5).round().byte().movedim(1, -1)  # (n, R, R, 3)
-        zoom = max(1, 64 // pixels.shape[2])
-        height, side = zoom * pixels.shape[1], zoom * pixels.shape[2]
-        sheet = sheet or Image.new("RGB", (MARGIN + side * len(captions), HEAD + height * len(rows)), "white")
+        height, width = (max(1, 64 // pixels.shape[2]) * size + 2 for size in pixels.shape[1:3])  # 2: a gap
+        sheet = sheet or Image.new("RGB", (MARGIN + width * len(captions), HEAD + height * len(rows)), "white")
         draw = ImageDraw.Draw(sheet)
         draw.multiline_text((4, HEAD + height * (y + 0.5)), label, "black", font, "lm")
         for x, (caption, tile) in enumerate(zip(captions, pixels)):
-            text = "\n".join(textwrap.wrap(caption, side // 7, max_lines=2, placeholder=" ..."))
-            draw.multiline_text((MARGIN + side * (x + 0.5), HEAD / 2), text, "black", font, "mm", align="center")
-            tile = Image.fromarray(tile.numpy()).resize((side, height), Image.NEAREST)
-            sheet.paste(tile, (MARGIN + side * x, HEAD + height * y))
+            text = "\n".join(textwrap.wrap(caption, width // 7, max_lines=2, placeholder=" ..."))
+            draw.multiline_text((MARGIN + width * (x + 0.5), HEAD / 2), text, "black", font, "mm", align="center")
+            tile = Image.fromarray(tile.numpy()).resize((width - 2, height - 2), Image.NEAREST)
+            sheet.paste(tile, (MARGIN + width * x, HEAD + height * y))
     return sheet
 
 
 def mini_result(trainer, base, n=480):
     """The toy task's result in words: n images of base model and policy from the same noise, by mini_score."""
-    captions, codec = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)], trainer.codec
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
     *_, noise = draws("result", range(n), trainer.shape, 1, 0)
-    words, settings = codec.encode_text(captions), trainer.sampler_options
-    made = [
-        sample(net, codec.scheduler, noise.to(trainer.o.device), words, **settings) for net in (base, trainer.policy)
-    ]
-    before, after = (mini_score(codec.decode(latents), captions) for latents in made)
-    better = (after > before).float().mean()
-    better = f"the image got better for {100 * better:.0f} % of {n} captions"
+    context, noise = trainer.codec.encode_text(captions), noise.to(trainer.o.device)
+    made = [trainer.codec.decode(trainer.generate(net, noise, context)) for net in (base, trainer.policy)]
+    before, after = (mini_score(pixels, captions) for pixels in made)
+    better = f"the image got better for {100 * (after > before).float().mean():.0f} % of {n} captions"
     return f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1: flawless, 0: plain grey); {better}."
 
 

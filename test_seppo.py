@@ -947,10 +947,10 @@ def test_the_toy_task_starts_from_the_shipped_base(monkeypatch, capsys):
     assert same(weights("runs/mini-seppo/checkpoint-0/unet"), weights(seppo.MINI_BASE))
     assert metrics("runs/mini-seppo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     sheet, caption = Image.open("runs/mini-seppo/samples/step-2.png"), seppo.mini_rows("mini")[0][0]
-    left, top = seppo.MARGIN, seppo.HEAD + 2 * 64  # the first column of the third row
+    left, top = seppo.MARGIN, seppo.HEAD + 2 * 66  # the first column of the third row, after gaps of 2 pixels
     tile = sheet.crop((left, top, left + 64, top + 64)).resize((16, 16), Image.NEAREST)
     ideal = seppo.draw_mini([caption], torch.zeros(1, 5))[0]
-    assert sheet.height == seppo.HEAD + 3 * 64 and (evaluation.to_tensor(tile) * 2 - 1 - ideal).abs().max() < 0.01
+    assert sheet.height == seppo.HEAD + 3 * 66 and (evaluation.to_tensor(tile) * 2 - 1 - ideal).abs().max() < 0.01
     assert evaluation.main("--device cpu --max-prompts 4 --out e --unet runs/mini-seppo".split()) == 0
     monkeypatch.setattr(seppo, "MINI_BASE", Path("elsewhere"))
     assert seppo.main([]) == 2 and "seppo.py --model mini-untrained" in capsys.readouterr().err
