@@ -240,6 +240,7 @@ class Trainer:
         self.progress = {"scale": 1.0, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of the update under way: {statistic: sum}; Counter.update adds
+        self.pairs = deque(maxlen=12 if o.model in MINI else 4)  # the last ones, to be shown: caption, x_w, x_r, sign
 
     def set_reference(self, update):
         """Reference selection, once in save_every updates (inferred), from the k checkpoints so far."""
@@ -295,11 +296,15 @@ class Trainer:
             batch["x_r"], i = x_w.clone(), wanted.nonzero()[:, 0]
             if len(i):
                 batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], captions[i])  # with the true captions
-        for i in torch.arange(len(t), device=o.device).split(o.micro_batch):
-            micro = {name: value[i] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
+        for first in range(0, len(t), o.micro_batch):
+            some = slice(first, first + o.micro_batch)
+            micro = {name: value[some] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
             with self.autocast():
                 loss, statistics = batch_loss(self.policy, self.reference, codec.scheduler, **micro)
             (self.scale * self.progress["scale"] * loss).backward()
+            if self.reference:
+                signs = statistics["sign_pos"].int() - statistics["sign_neg"].int()
+                self.pairs.extend(zip(texts[some], x_w[some], batch["x_r"][some], signs))
             self.sums.update({name: value.sum().float() for name, value in statistics.items()})
         if is_first:  # what is not finite is seen before the rest is generated
             finite = torch.stack([gradient.isfinite().all() for gradient in self.gradients()]).all().float()
@@ -889,7 +894,7 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; what was whole there is whole still"
-HEAD, MARGIN = 40, 96  # pixels above and beside the sample images
+HEAD, MARGIN = 40, 120  # pixels above and beside the sample images
 SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # is it learning? On the bar
 MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out".split()
@@ -969,6 +974,8 @@ def save(o, trainer, captions, update, interval_ends=True):
     """The picture, the pool's next checkpoint, then the state to resume from: a kill repeats work, and loses none."""
     if o.rank == 0 and interval_ends:
         sample_pictures(o, trainer, captions, update)
+        if trainer.pairs:
+            show_anchors(o, trainer, update)
         with whole(o.out / f"checkpoint-{update}") as folder:
             if o.part == "lora":
                 adapters = {name.replace(".default.", "."): p.data for name, p in trainer.trained.items()}
@@ -1013,6 +1020,25 @@ def sample_pictures(o, trainer, captions, update):
         place = (0, HEAD, sheet.width, HEAD + (sheet.height - HEAD) // len(rows))
         sheet.paste(Image.open(base).crop(place), place)
     with whole(base.with_name(f"step-{update}.png")) as file:
+        sheet.save(file, "PNG")
+
+
+def show_anchors(o, trainer, update):
+    """samples/anchor-N.png: the last pairs of update N, each reference sample framed by the sign it got."""
+    captions, *latents, signs = zip(*trainer.pairs)
+    winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
+    label = "reference samples\n+1 is pushed away,\n-1 is learned from,\n0 is not used"
+    sheet = labelled_rows(captions, {"preferred images": winners, label: samples})
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    width, height = (sheet.width - MARGIN) // len(captions), (sheet.height - HEAD) // 2
+    for x, sign in enumerate(map(int, signs)):
+        left, top = MARGIN + width * x, HEAD + height
+        colour = {1: "red", -1: "lime", 0: "silver"}[sign]
+        draw.rectangle((left, top, left + width - 3, top + height - 3), None if sign else "grey", colour, width=4)
+        draw.text(
+            (left + 7, top + 5), f"{sign:+d}" if sign else "0", colour, font, stroke_width=2, stroke_fill="black"
+        )
+    with whole(o.out / "samples" / f"anchor-{update}.png") as file:
         sheet.save(file, "PNG")
 
 
