@@ -437,7 +437,10 @@ def load_checked(name, where, base, kind):
     motion modules only. Without `where` it is the base. Raises UserError."""
     if where is None:
         return base
-    spec, advice = f"--unet {name}={where}", "it takes a run, a checkpoint, a UNet as diffusers saves it, or a hub id"
+    spec, advice = (
+        f"--unet {name}={where}",
+        "give a run, a checkpoint, a UNet or LoRA as diffusers saves it, or a hub id",
+    )
     with explained(f"{spec} cannot be read", advice):
         kinds = [type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel)]
         unet = seppo.load_unet(where, *kinds, base=base)

@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may look for 
 import av
 import diffusers
 import huggingface_hub
+import peft
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -935,7 +936,45 @@ def test_lora(pipeline, pairs, monkeypatch, capsys, evaluate, dtype):
     assert len({*drawn()[1].values()}) == 21, "three models, each its own pictures"
     assert run(pipeline, pairs, "--unet", "run", "--out", "x") == 2 and "fuse a LoRA first" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, "other.safetensors")
-    assert evaluate("--unet", "other.safetensors") == 2 and "no LoRA of this UNet" in capsys.readouterr().err
+    assert evaluate("--unet", "other.safetensors") == 2 and "takes 0 of its 1 weights" in capsys.readouterr().err
+
+
+def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline, evaluate, capsys):
+    """Its alpha, here twice its rank, stands in the file's header or in tensors. No part of a LoRA is left out."""
+    for name in ("alpha", "dora"):
+        unet = load(pipeline / "unet")
+        torch.manual_seed(0)
+        config = dict(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False, use_dora=name == "dora")
+        unet.add_adapter(peft.LoraConfig(**config))
+        layers = peft.get_peft_model_state_dict(unet).items()
+        layers = {name: 2 * p if "magnitude" in name else p.clone() for name, p in layers}
+        StableDiffusionPipeline.save_lora_weights(name, layers, unet_lora_adapter_metadata=config)
+    state, kohya = load_file(f"alpha/{ADAPTERS}"), {}
+    alphas = {name.replace("lora_A.weight", "alpha"): torch.tensor(4.0) for name in state if "lora_A" in name}
+    for name, p in (state | alphas).items():
+        *stem, kind = re.split(r"\.(?=lora|alpha)", name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"))
+        kohya[f"lora_{stem[0].replace('.', '_')}.{kind}"] = p
+    Path("kohya").mkdir(), save_file(kohya, f"kohya/{ADAPTERS}"), save_file(state | alphas, "tensors.safetensors")
+    for name in ("alpha", "dora", "kohya"):
+        pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+        pipe.load_lora_weights(name, weight_name=ADAPTERS)
+        pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.unet.save_pretrained(f"of-{name}")
+    names = "base alpha kohya tensors of-alpha of-kohya dora of-dora".split()
+    assert evaluate("--unet", *names[1:3], "tensors=tensors.safetensors", *names[4:]) == 0
+    pixels = {name: [] for name in names}
+    [pixels[row["model"]].append(evaluation.to_tensor(Image.open(Path("out", row["file"])))) for row in drawn()[0]]
+    apart = lambda a, b: max(255 * (x - y).abs().max() for x, y in zip(pixels[a], pixels[b]))
+    assert max(apart(name, "of-alpha") for name in names[1:6]) < 1.01 > apart("dora", "of-dora"), "but for rounding"
+    assert min(apart("alpha", "base"), apart("dora", "base"), apart("alpha", "dora")) > 5
+    rest = {name.replace("unet.", "text_encoder."): p for name, p in state.items()}
+    scales = {name.replace("alpha", "dora_scale"): p for name, p in kohya.items() if "alpha" in name}
+    wrong = [(len(state), state | rest), (0, {name[5:]: p for name, p in state.items()}), (len(state), kohya | scales)]
+    wrong += [(len(state), state | {name.replace("attn1", "attn3"): p for name, p in state.items()})]
+    for taken, tensors in wrong:
+        save_file({name: p.clone() for name, p in tensors.items()}, "wrong.safetensors")
+        left = sum("alpha" not in name for name in tensors)
+        assert evaluate("--unet", "wrong.safetensors") == 2
+        assert f"this UNet takes {taken} of its {left} weights" in capsys.readouterr().err
 
 
 def test_lora_of_motion_modules(pipeline, adapter, clips, capsys):
