@@ -33,8 +33,9 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import DDPMScheduler, MotionAdapter, UNetMotionModel
+from diffusers import DDPMScheduler, MotionAdapter, StableDiffusionPipeline, UNetMotionModel
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -432,18 +433,32 @@ def last_run(model):  # the folder in runs/ where it was trained last
     return str(max(runs, key=lambda path: path.stat().st_mtime).parent)
 
 
+def fuse_lora(base, file):
+    """A copy of the base with a LoRA fused in, at the strength that pipe.load_lora_weights gives. A LoRA
+    with weights that the UNet does not take is refused: fused in part, it would be another model."""
+    with safe_open(file, "pt") as weights:
+        names = {name for name in weights.keys() if not name.endswith(".alpha")}
+    unet, read = copy.deepcopy(base), StableDiffusionPipeline.lora_state_dict
+    state, alphas, metadata = read(file, use_safetensors=True, return_lora_metadata=True)
+    alphas = (alphas or {}) | {name: state.pop(name).item() for name in [*state] if name.endswith(".alpha")}
+    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
+    taken = {f"unet.{name.replace('.default_0.', '.')}" for name, _ in unet.named_parameters() if ".lora_" in name}
+    left = f"{file}: this UNet takes {len(taken)} of its {len(names)} weights, see {min(names - taken, default=file)}"
+    need(len(taken) == len(names), f"{left}: eval.py reads LoRAs of the UNet only, as diffusers or kohya-ss name them")
+    unet.fuse_lora()
+    unet.unload_lora()
+    return unet
+
+
 def load_checked(name, where, base, kind):
     """The UNet that stands beside the base, of the same shape and `kind` of prediction; of clips it may have its own
     motion modules only. Without `where` it is the base. Raises UserError."""
     if where is None:
         return base
-    spec, advice = (
-        f"--unet {name}={where}",
-        "give a run, a checkpoint, a UNet or LoRA as diffusers saves it, or a hub id",
-    )
+    spec, advice = f"--unet {name}={where}", "it takes runs, checkpoints, UNets, LoRAs and hub ids"
     with explained(f"{spec} cannot be read", advice):
         kinds = [type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel)]
-        unet = seppo.load_unet(where, *kinds, base=base)
+        unet = seppo.load_unet(where, *kinds, fuse=functools.partial(fuse_lora, base))
     if isinstance(unet, MotionAdapter):
         adapter, unet = unet, copy.deepcopy(base)
         unet.load_motion_modules(adapter)

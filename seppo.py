@@ -701,16 +701,16 @@ def load_whole(kind, name, subfolder="", **options):
     return model
 
 
-def load_unet(name, *kinds, base=None):
-    """A net of one of these classes, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint. With a
-    `base` also a LoRA (a file, in one of these places, or on the hub): a copy of the base with the LoRA fused in."""
+def load_unet(name, *kinds, fuse=None):
+    """A net of one of these classes, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint. If
+    `fuse` is given and there is a LoRA (a file, in one of these places, or on the hub), the net is fuse(its file)."""
     last = sorted(map(str, Path(name).glob("checkpoint-*[0-9]")), key=lambda folder: (len(folder), folder))[-1:]
     lora = [file for file in (Path(name), *(Path(where, LORA_FILE) for where in (name, *last))) if file.is_file()]
-    if base is not None and not Path(name).exists():
+    if fuse and not Path(name).exists():
         with contextlib.suppress(OSError, ValueError):
             lora = [huggingface_hub.hf_hub_download(name, LORA_FILE)]
-    if lora and base is not None:
-        return fuse_lora(copy.deepcopy(base), str(lora[0]))
+    if fuse and lora:
+        return fuse(str(lora[0]))
     for where, part in itertools.product((name, *last), ("unet", "motion_adapter", "")):
         with contextlib.suppress(OSError, KeyError):  # a run's own config.json is not a net's
             found = UNet2DConditionModel.load_config(where, subfolder=part)["_class_name"]
@@ -720,23 +720,6 @@ def load_unet(name, *kinds, base=None):
     need(found in kinds, f"{name} holds a {found}, not a {' or '.join(kinds)}")
     print(f"{found}: {Path(where, part) if Path(where, part).exists() else where}")
     return load_whole(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-
-
-def fuse_lora(unet, file):
-    """The UNet with a LoRA fused into it, at the strength that pipe.load_lora_weights gives. A LoRA of which the UNet
-    does not take every weight is refused: fused in part, it would be another model."""
-    with safe_open(file, "pt") as weights:
-        names = {name for name in weights.keys() if not name.endswith(".alpha")}
-    read = diffusers.StableDiffusionPipeline.lora_state_dict
-    state, alphas, metadata = read(file, use_safetensors=True, return_lora_metadata=True)
-    alphas = (alphas or {}) | {name: state.pop(name).item() for name in [*state] if name.endswith(".alpha")}
-    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
-    taken = {f"unet.{name.replace('.default_0.', '.')}" for name, _ in unet.named_parameters() if ".lora_" in name}
-    left = f"{file}: this UNet takes {len(taken)} of its {len(names)} weights, see {min(names - taken, default=file)}"
-    need(len(taken) == len(names), f"{left}: eval.py reads LoRAs of the UNet only, as diffusers or kohya-ss name them")
-    unet.fuse_lora()
-    unet.unload_lora()
-    return unet
 
 
 def load_models(o):
