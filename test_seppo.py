@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may look for 
 import av
 import diffusers
 import huggingface_hub
+import peft
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -916,7 +917,7 @@ def test_lora(pipeline, pairs, monkeypatch, capsys, evaluate, dtype):
     losses = [line["loss"] for line in metrics()]
     assert losses[0] == losses[2] == pytest.approx(math.log(2), abs=1e-6), "B is 0; the reference is read back"
     base = load(pipeline / "unet")
-    fused = seppo.load_unet("run", base=base)
+    fused = evaluation.load_checked("x", "run", base, "epsilon")
     x, t, words = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
     said = [net.eval()(x, t, words).sample for net in (pipe.unet, fused, base)]
     torch.testing.assert_close(said[0], said[1], rtol=1e-4, atol=1e-4)
@@ -925,7 +926,48 @@ def test_lora(pipeline, pairs, monkeypatch, capsys, evaluate, dtype):
     assert len({*drawn()[1].values()}) == 21, "three models, each its own pictures"
     assert run(pipeline, pairs, "--unet", "run", "--out", "x") == 2 and "fuse a LoRA first" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, "other.safetensors")
-    assert evaluate("--unet", "other.safetensors") == 2 and "no LoRA of this UNet" in capsys.readouterr().err
+    assert evaluate("--unet", "other.safetensors") == 2 and "takes 0 of its 1 weights" in capsys.readouterr().err
+
+
+def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline, evaluate, monkeypatch, capsys):
+    """Its alpha, here twice its rank, stands in the file's header or in tensors. No part of a LoRA is left out."""
+    for name in ("alpha", "dora"):
+        unet = load(pipeline / "unet")
+        torch.manual_seed(0)
+        config = dict(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False, use_dora=name == "dora")
+        unet.add_adapter(peft.LoraConfig(**config))
+        layers = peft.get_peft_model_state_dict(unet).items()
+        layers = {name: 2 * p if "magnitude" in name else p.clone() for name, p in layers}
+        StableDiffusionPipeline.save_lora_weights(name, layers, unet_lora_adapter_metadata=config)
+    state, kohya = load_file(f"alpha/{ADAPTERS}"), {}
+    alphas = {name.replace("lora_A.weight", "alpha"): torch.tensor(4.0) for name in state if "lora_A" in name}
+    for name, p in (state | alphas).items():
+        stem, kind = re.split(r"\.(?=lora|alpha)", name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"))
+        kohya[f"lora_{stem.replace('.', '_')}.{kind}"] = p
+    save_file(kohya, "kohya.safetensors"), save_file(state | alphas, "tensors.safetensors")
+    for name, file in dict(alpha=f"alpha/{ADAPTERS}", dora=f"dora/{ADAPTERS}", kohya="kohya.safetensors").items():
+        pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+        pipe.load_lora_weights(".", weight_name=file)
+        pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.unet.save_pretrained(f"of-{name}")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: {"me/lora": f"alpha/{file}"}[name])
+    names = "base alpha kohya=kohya.safetensors tensors=tensors.safetensors hub=me/lora of-alpha of-kohya dora of-dora"
+    assert evaluate("--unet", *names.split()[1:]) == 0
+    pixels = {name: [] for name in re.sub("=[^ ]*", "", names).split()}
+    for row in drawn()[0]:
+        pixels[row["model"]].append(255 * evaluation.to_tensor(Image.open(Path("out", row["file"]))))
+    apart = lambda a, b: (torch.stack(pixels[a]) - torch.stack(pixels[b])).abs().max()
+    assert max(apart(name, "of-alpha") for name in [*pixels][1:7]) < 1.01 > apart("dora", "of-dora"), (
+        "but for rounding"
+    )
+    assert min(apart("alpha", "base"), apart("dora", "base"), apart("alpha", "dora")) > 5
+    changed = lambda a, b, state: {name.replace(a, b): p.clone() for name, p in state.items()}
+    n, scales = len(state), changed("alpha", "dora_scale", {name: p for name, p in kohya.items() if "alpha" in name})
+    wrong = [(n, state | changed("unet", "text_encoder", state)), (0, changed("unet.", "", state))]
+    for taken, tensors in [*wrong, (n, kohya | scales), (n // 2, changed("attn1", "attn3", state))]:
+        save_file(tensors, "wrong.safetensors")
+        assert evaluate("--unet", "wrong.safetensors") == 2
+        left = sum("alpha" not in name for name in tensors)
+        assert f"this UNet takes {taken} of its {left} weights" in capsys.readouterr().err
 
 
 def test_lora_of_motion_modules(pipeline, adapter, clips, capsys):
