@@ -453,7 +453,9 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     files = {"config.json", "metrics.jsonl", "samples", "resume.safetensors", "lock"}
     assert {p.name for p in out.iterdir()} == files | {f"checkpoint-{n}" for n in (0, 2, 4)}
     base, last = (Image.open(out / "samples" / f"step-{n}.png") for n in (0, 4))
-    assert last.height == 2 * base.height and last.crop((0, 0, *base.size)).tobytes() == base.tobytes()
+    assert last.size == (seppo.MARGIN + 4 * 66, seppo.HEAD + 2 * 66) and base.height == seppo.HEAD + 66
+    assert last.crop((0, 0, *base.size)).tobytes() == base.tobytes(), "the base model's row stays as it was"
+    assert Image.open(out / "samples" / "anchor-4.png").size == last.size
     config = json.loads((out / "config.json").read_text())
     assert config["options"]["lr"] == 1e-3 and config["versions"]["torch"] == torch.__version__
     assert same(weights(out / "checkpoint-0" / "unet"), weights(pipeline / "unet"))
@@ -878,7 +880,8 @@ def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert motion & moved and (moved - motion if train == "all" else {*start} == motion)
     assert same(end, at(3, "straight")) and same(end, loaded)
-    assert Image.open("run/samples/step-3.png").size == (4 * 96, 2 * 4 * 96), "four clips, a row each, twice"
+    size = (seppo.MARGIN + 4 * 66, seppo.HEAD + 2 * (4 * 64 + 2))
+    assert Image.open("run/samples/step-3.png").size == size, "four clips, each shown as four frames, in two rows"
     pipe.unet.load_state_dict(start, strict=train == "all")  # update 1, by hand
     assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.clip_sample) == ("linear", False)
     noising = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -988,7 +991,7 @@ def test_the_toy_task_starts_from_the_shipped_base(monkeypatch, capsys):
     assert says_how_to_load(said).peft_config and Path("runs/mini-seppo-lora-rank-2").is_dir()
     assert same(weights("runs/mini-seppo/checkpoint-0/unet"), weights(seppo.MINI_BASE))
     assert metrics("runs/mini-seppo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    sheet, caption = Image.open("runs/mini-seppo/samples/step-2.png"), seppo.mini_rows("mini")[0][0]
+    sheet, caption = Image.open("runs/mini-seppo/samples/step-2.png"), seppo.open_data(seppo.parse_args([]))[0][1]
     left, top = seppo.MARGIN, seppo.HEAD + 2 * 66  # the first column of the third row, after gaps of 2 pixels
     tile = sheet.crop((left, top, left + 64, top + 64)).resize((16, 16), Image.NEAREST)
     ideal = seppo.draw_mini([caption], torch.zeros(1, 5))[0]
