@@ -353,12 +353,12 @@ class Trainer:
 # ---- 4. The run (the paper's algorithm, its outer loop) -------------------------------------------------------------
 
 
-def train(o):
+def train(o, kind=Trainer):
     """A run from its options: begins it, or goes on where the same command stopped."""
     data = open_data(o)
     policy, codec = load_models(o)
     base = copy.deepcopy(policy) if o.model in MINI else None
-    trainer = Trainer(o, policy, codec)
+    trainer = kind(o, policy, codec)
     begin(o, data, trainer)
     if trainer.reference:
         check_numeric_path(o, trainer)
