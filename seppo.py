@@ -256,10 +256,13 @@ class Trainer:
             self.reference_index = index
 
     @torch.no_grad()
-    def anchor_sign(self, x_w, eps, t, context):
-        """(B,) the sign under --flip indicator, before any x^r is made: 1 (it loses) or 0 (it is not needed)."""
+    def anchor_sign(self, batch, texts, noise_r):
+        """(B,) signs, where they are decided before any x^r is generated (--flip indicator): 1 (x^r loses) or 0 (no
+        x^r is needed). None: the loss decides. assets/study.py decides in other ways, from captions and noise too."""
+        if self.o.flip != "indicator":
+            return None
         signs = []
-        for micro in zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context))):
+        for micro in zip(*(v.split(self.o.micro_batch) for v in batch.values())):  # x_w, eps, t, context
             with self.autocast():
                 nets = self.policy, self.reference
                 signs.append(
@@ -290,10 +293,10 @@ class Trainer:
         if o.loser == "data":
             batch["x_r"] = codec.encode(torch.stack(losers).to(o.device), noise_r)
         elif o.loser == "generated":
-            wanted = torch.ones_like(t)  # 1: make an x^r
-            if o.flip == "indicator":
-                wanted = batch["sign"] = self.anchor_sign(x_w, eps, t, context)
-            batch["x_r"], i = x_w.clone(), wanted.nonzero()[:, 0]
+            sign = self.anchor_sign(batch, texts, noise_r)
+            batch |= {"sign": sign} if sign is not None else {}
+            i = batch.get("sign", torch.ones_like(t)).nonzero()[:, 0]  # 0: no x^r is needed
+            batch["x_r"] = x_w.clone()
             if len(i):
                 batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], captions[i])  # with the true captions
         for first in range(0, len(t), o.micro_batch):
@@ -350,12 +353,12 @@ class Trainer:
 # ---- 4. The run (the paper's algorithm, its outer loop) -------------------------------------------------------------
 
 
-def train(o):
+def train(o, kind=Trainer):
     """A run from its options: begins it, or goes on where the same command stopped."""
     data = open_data(o)
     policy, codec = load_models(o)
     base = copy.deepcopy(policy) if o.model in MINI else None
-    trainer = Trainer(o, policy, codec)
+    trainer = kind(o, policy, codec)
     begin(o, data, trainer)
     if trainer.reference:
         check_numeric_path(o, trainer)

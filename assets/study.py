@@ -1,30 +1,39 @@
-"""The study: all methods on the miniature, in two worlds, with what the paper's comparisons lack.
+"""The study: which method to use if you cannot tune, which if you can, and what does the sign of SePPO know?
 
-    python assets/study.py            # about 550 runs, hours on two cores; killed, the same command goes on
-    python assets/study.py --small    # 18 runs, minutes: the machinery, not the verdict
+    python assets/study.py            # about 850 runs, ten hours on two cores; killed, the same command goes on
+    python assets/study.py --tables   # no runs: study.md and study.png, from the lines of study.jsonl
 
-In the world `far` the base model is far from what people like; in `near` it has learned from the liked pictures. Each
-method has its own lr and beta, chosen in three steps, so that luck is not chosen too: a grid on 2 seeds (and once a
-value beyond its edge, where the best cell lies there); the best two on 4 more; the better by all six on fresh seeds,
-which alone are reported. A run is a line of study.jsonl, of which study.md and the pictures are made.
+In the world `far` the base model has not seen preferred pictures; in `near` it was first fine-tuned on them. Every
+method runs in every cell of a grid of learning rates and betas, on 2 seeds. Its own cell has the highest mean over
+itself and its neighbours, so that luck in one cell counts less; tuned scores come from fresh seeds in that cell.
+
+Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: the score after the
+best scalar gain. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures
+(lower is better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. better to agrees:
+explained at anchor_truth. near: at most one step of lr from the method's own. "less": between runs of the same seed,
+in the grid also of the same cell. In round brackets: lowest and highest run. ±: a 95 % interval over seeds (Student's
+t, not corrected for the number of comparisons); bold where it does not hold 0. This is a toy task with one base model
+per world: no interval covers another task or base model.
 """
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
+import math
 import multiprocessing
-import re
-import shutil
+import os
+import statistics
 import sys
+import tempfile
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -33,287 +42,349 @@ sys.path.insert(0, str(HERE.parent))
 import eval as evaluation  # noqa: E402
 import seppo  # noqa: E402
 
-VARIANTS = {method: ["--method", method] for method in seppo.METHODS}
-VARIANTS |= {"random, no flip": ["--flip", "none"], "initial, sign": ["--reference", "initial"]}  # switches from seppo
-NEAR = ["--method", "sft", "--steps", "300", "--lr", "9e-4"]  # what the base of `near` has learned before
-FULL = dict(variants=[*VARIANTS], lr=(1e-5, 3e-5, 1e-4, 3e-4), beta=(5, 25), edge=True)
-FULL |= dict(grid=(0, 1), chosen=(2, 3, 4, 5), fresh=tuple(range(10, 18)))
-SMALL = dict(variants=["seppo", "sspo", "sft"], lr=(1e-4,), beta=(5,), edge=False, grid=(0,), chosen=(), fresh=(8, 9))
-BEYOND = {1e-5: 3e-6, 3e-4: 9e-4, 5: 1, 25: 125}  # the edges, and what lies beyond them
-T95 = (None, float("nan"), 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by the number of values
+BASES = {"far": seppo.MINI_BASE, "near": seppo.MINI_BASE.with_name("near-base")}
+ABLATIONS = {"random, no flip": ["--flip", "none"], "initial, sign": ["--reference", "initial"]}
+METHODS = {name: ["--method", name] for name in ("seppo", "sspo", "spin", "sft", "ditto", "dpo")} | ABLATIONS
+MODES = ("independent draw", "8 draws", "coin", "batch's mean", "previous mean", "oracle")  # see Anchored
+FORMS = {f"{mode}, {flip}": ["--flip", flip] for mode in MODES for flip in ("sign", "indicator")} | {"half": []}
+OWN = {"seppo": "own draw, sign", "sspo": "own draw, indicator", "random, no flip": "no sign"}  # the forms it has
+LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4), (5, 125, 1000)
+GRID_SEEDS, FORM_SEEDS, FRESH_SEEDS = (0, 1), range(4), range(10, 18)
+CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 125)]  # where the forms of the sign are compared
+CELLS += [("near", 1e-4, 5), ("near", 3e-4, 5), ("near", 3e-5, 5)]
+
+# ---- What is measured -----------------------------------------------------------------------------------------------
+
+mean, PROMPTS = statistics.fmean, seppo.CAPTIONS * 30
+load_net = lambda folder: seppo.load_unet(folder, "UNet2DConditionModel")
+unit_vectors = lambda x: F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True))  # products: correlations
 
 
-# ---- A run ----------------------------------------------------------------------------------------------------------
+@functools.cache
+def templates():  # clean pictures of all captions with random places, blurs and sizes: (N, 768), and their N shapes
+    captions, pixels, _ = zip(*seppo.mini_rows("mini-mixture", 16384, 3))
+    return unit_vectors(torch.stack(pixels)), [caption.split()[-1] for caption in captions]
 
 
-def quietly(argv):
-    """The command, on one thread -> its exit code, and what it said last."""
-    torch.set_num_threads(1)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        code = seppo.main(argv)
-    return code, said.getvalue().rpartition("seppo.py: ")[2].strip()
+def shape_accuracy(pixels, captions):
+    """Share of (B, 3, 16, 16) pictures whose most similar template has the caption's shape. Chance is 0.25."""
+    known, shapes = templates()
+    found = (unit_vectors(pixels) @ known.T).argmax(1)
+    return mean(shapes[i] == caption.split()[-1] for i, caption in zip(found, captions))
 
 
-def load_net(folder):
-    with contextlib.redirect_stdout(io.StringIO()):
-        return seppo.load_unet(folder, "UNet2DConditionModel")
+def energy_distance(x, y):
+    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (N, d) and (M, d): about 0 if they are of one distribution."""
+    distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # the other mode rounds
+    within = lambda z: distance(z, z).sum() / (len(z) * (len(z) - 1))
+    return (2 * distance(x, y).mean() - within(x) - within(y)).item()
 
 
-def base_models():
-    """{world: its base model's folder}, trained once, before many processes need them."""
-    far = Path(seppo.MINI_BASE, f"checkpoint-{seppo.MINI['mini-untrained']['steps']}")
-    near, steps = Path("runs/study-near"), seppo.parse_args(NEAR).steps
-    if not (near / f"checkpoint-{steps}").is_dir() or not far.is_dir():
-        code, said = quietly([*NEAR, "--device", "cpu", "--out", str(near)])
-        seppo.need(code == 0, said)
-    return {"far": str(far), "near": str(near / f"checkpoint-{steps}")}
+@functools.cache
+def preferred_pictures(seed):  # (n, 3, 16, 16) for each caption; the runs train on those of seed 0
+    rows = seppo.mini_rows("mini", 2048, seed)
+    return [torch.stack([x for caption, x, _ in rows if caption == wanted]) for wanted in seppo.CAPTIONS]
+
+
+def measure(pixels):
+    """What is measured on pictures of PROMPTS. gained: the score after the best scalar gain, where contrast alone wins
+    nothing. distance: to preferred pictures of the same caption, the mean over captions."""
+    score = lambda gain: seppo.mini_score((gain * pixels).clamp(-1, 1), PROMPTS).mean().item()
+    by_caption = zip(pixels.flatten(1).unflatten(0, (30, -1)).unbind(1), preferred_pictures(1))
+    found = dict(score=score(1), gained=max(map(score, torch.linspace(0.3, 3, 55))))
+    found |= dict(shape=shape_accuracy(pixels, PROMPTS), clipped=(pixels.abs() >= 1).float().mean().item())
+    return found | {"distance": mean(energy_distance(x, y.flatten(1)) for x, y in by_caption)}
 
 
 def mini_pictures(unet, captions, noise):
     codec = seppo.Miniature("cpu")
     context, empty = codec.encode_text(captions), codec.encode_text([""])
     settings = dict(steps=seppo.SMALL["sampler_steps"], guidance=seppo.SMALL["guidance"])
-    return codec.decode(seppo.sample(unet, codec.scheduler, noise, context, empty, **settings))
+    return codec.decode(seppo.sample(unet, codec.scheduler, noise, context, empty, **settings)).nan_to_num()
 
 
-def mini_mean(unet):
-    prompts = evaluation.read_prompts("mini")
-    noise = torch.stack(evaluation.start_noise(prompts, (12, 8, 8)))
-    return seppo.mini_score(mini_pictures(unet, prompts, noise), prompts).mean().item()
+def measure_net(folder):
+    return measure(mini_pictures(load_net(folder), PROMPTS, torch.stack(evaluation.start_noise(PROMPTS, (12, 8, 8)))))
 
 
 @torch.no_grad()
-def anchor_truth(run, rule, n=256, many=16):
-    """What the anchor's sign is worth, where the truth is known: over the pairs of a run's checkpoints, the later one
-    as policy, the earlier one as a reference that the rule allows, on n winners each. -> rates. better: x^r scores
-    above what the policy draws from the same noise. minus: the sign is -1 ("take x^r for a winner"); precision and
-    recall of that, with one draw of (t, eps) for the anchor, and `_many`: the errors are means over 16."""
-    captions, winners, _ = zip(*seppo.mini_rows("mini")[:n])
+def anchor_truth(run, rule, seed, n=256, many=16):
+    """What the sign -1 ("x^r is a second winner") is worth, where the truth is known. Rates over n winners and `many`
+    draws of (t, eps), within each pair of the run's checkpoints that the rule allows; then means over the pairs.
+    better: x^r scores above what the policy makes of the same noise. minus: the sign is -1. gain: by how much x^r is
+    better more often where it is -1; gain_many: the same for the mean error of all draws. agrees: mean error and mean
+    score find the same of the two models better."""
+    captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
-    chance = [seppo.draws(f"truth {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
-    context, start = codec.encode_text(captions), chance[0][-1]
-    for step in sorted(int(p.name[11:]) for p in run.glob("checkpoint-*")):
+    chance = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
+    context, start, found = codec.encode_text(captions), chance[0][-1], []
+    for step in sorted(int(folder.name[11:]) for folder in run.glob("checkpoint-*")):
         unet = load_net(run / f"checkpoint-{step}")
         drawn = [seppo.denoising_error(unet, codec.scheduler, x, eps, t, context) for t, _, eps, *_ in chance]
         errors.append(torch.stack(drawn))  # (many, n)
-        scores.append(seppo.mini_score(mini_pictures(unet, captions, start), captions))
-    pairs = []
-    for policy in range(1, len(scores)):
-        pairs += [(reference, policy) for reference in {"random": range(policy), "initial": [0]}[rule]]
-    better = torch.cat([scores[r] > scores[p] for r, p in pairs])
-    minus = torch.cat([errors[r][0] < errors[p][0] for r, p in pairs])
-    minus_many = torch.cat([errors[r].mean(0) < errors[p].mean(0) for r, p in pairs])
-    share = lambda mask, of: (mask & of).sum().item() / max(1, of.sum().item())
-    rates = {"better": better.float().mean().item(), "minus": minus.float().mean().item()}
-    rates |= {"precision": share(better, minus), "recall": share(minus, better)}
-    return rates | {"precision_many": share(better, minus_many), "recall_many": share(minus_many, better)}
+        scores.append(seppo.mini_score(mini_pictures(unet, captions, start), captions))  # (n,)
+    for r, p in itertools.combinations(range(len(scores)), 2):  # reference and policy
+        minus, better = errors[r] < errors[p], scores[r] > scores[p]
+        gain = lambda said: (said & better).sum() / said.sum() - better.float().mean()  # nan: it is never said
+        agrees = (errors[r].mean() < errors[p].mean()) == (scores[r].mean() > scores[p].mean())
+        rates = dict(better=better.float().mean(), minus=minus.float().mean(), gain=gain(minus), agrees=agrees.float())
+        rates["gain_many"] = gain(errors[r].mean(0) < errors[p].mean(0))
+        found += [rates] if rule == "random" or r == 0 else []
+    return {name: torch.stack([rates[name] for rates in found]).nanmean().item() for name in found[0]}
 
 
-def place(world, variant, lr, beta, seed):
-    return Path("runs/study", re.sub(r"\W+", "-", f"{world}-{variant}-lr{lr:g}-beta{beta:g}-seed{seed}"))
+# ---- The runs -------------------------------------------------------------------------------------------------------
 
 
-def run_cell(world, base, variant, lr, beta, seed, truth=False):
-    """One run -> its line. score: the mean of 480 pictures (0, as plain grey, if the loss ceased to be finite).
-    truth: the anchor's sign is held against the truth, and the final net stays."""
-    run = place(world, variant, lr, beta, seed)
-    shutil.rmtree(run, ignore_errors=True)  # what a kill left
-    argv = ["--lr", f"{lr:g}", "--seed", f"{seed}", "--device", "cpu", "--out", str(run), *VARIANTS[variant]]
-    argv += ["--beta", f"{beta:g}"] if beta else []
-    argv += ["--unet", base] if world == "near" else []
-    code, reason = quietly(argv)
-    seppo.need(code == 0 or "not finite" in reason, f"python seppo.py {' '.join(argv)}: {reason}")
-    o = seppo.parse_args(argv)
-    last, lines = run / f"checkpoint-{o.steps}", (run / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in map(json.loads, lines) if line["sign_neg"] is not None]
-    score = 0.0 if code else mini_mean(load_net(last))
-    cell = dict(world=world, variant=variant, lr=lr, beta=beta, seed=seed, score=score)
-    for sign in ("sign_neg", "sign_zero", "sign_pos") if lines else ():
-        cell[sign] = sum(line[sign] for line in lines) / len(lines)
-    if truth and code == 0 and o.flip != "none":
-        cell |= anchor_truth(run, o.reference)
-    for path in run.iterdir():
-        if path.is_file():
-            path.unlink()
-        elif path != last or not truth:
-            shutil.rmtree(path)
-    return cell
+class Anchored(seppo.Trainer):
+    """A trainer whose anchor criterion knows something else than the loss's own draw of (t, eps)."""
+
+    def __init__(self, mode, *args):
+        super().__init__(*args)
+        self.mode, self.last, self.chance = mode, (None, None), torch.Generator().manual_seed(self.o.seed)
+
+    def advantage(self, x_w, eps, t, context):  # (B,) the reference's error less the policy's
+        nets, rest = (self.reference, self.policy), (self.codec.scheduler, x_w, eps, t, context)
+        return torch.sub(*(seppo.denoising_error(net, *rest) for net in nets))
+
+    @torch.no_grad()
+    def anchor_sign(self, batch, texts, noise_r):
+        n, g, own = len(texts), self.chance, self.advantage(**batch)
+        if self.mode == "half":  # x^r always loses, with half the weight
+            sign = torch.full((n,), 0.5)
+        elif self.mode in ("independent draw", "8 draws"):
+            drawn = lambda: dict(t=torch.randint(1000, (n,), generator=g), eps=torch.randn(noise_r.shape, generator=g))
+            sign = sum(self.advantage(**batch | drawn()) for _ in range(8 if self.mode == "8 draws" else 1)).sign()
+        elif self.mode == "coin":  # as often -1 as the own draw in this update, but in random rows
+            sign = own.sign()[torch.randperm(n, generator=g)]
+        elif self.mode == "batch's mean":
+            sign = own.mean().sign().expand(n)
+        elif self.mode == "previous mean":  # 0 in the first update after the reference changed
+            reference, mean = self.last
+            sign = mean.sign().expand(n) if reference == self.reference_index else torch.zeros(n)
+            self.last = self.reference_index, own.mean()
+        elif self.mode == "oracle":  # -1 where x^r scores above the policy's picture from the same noise
+            pictures = (mini_pictures(net, texts, noise_r) for net in (self.policy, self.reference))
+            sign = torch.sub(*(seppo.mini_score(pixels, texts) for pixels in pictures)).sign()
+        return sign.clamp(min=0) if self.o.flip == "indicator" else sign
 
 
-class Runs:
-    """The lines there are, and those that are still to be made."""
+def run_cell(world, variant, lr, beta, seed, truth=False):
+    """One run -> what is measured of it. truth: its sign is compared with the truth too."""
+    if variant == "base":
+        return measure_net(BASES[world])
+    if variant == "preferred":
+        return measure(torch.stack([pixels[:30] for pixels in preferred_pictures(2)], 1).flatten(0, 1))
+    kind = functools.partial(Anchored, variant.partition(",")[0]) if variant in FORMS else seppo.Trainer
+    with tempfile.TemporaryDirectory(prefix="study-") as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        argv = ["--unet", str(BASES[world]), "--lr", f"{lr:g}", "--seed", f"{seed}", *(METHODS | FORMS)[variant]]
+        argv += [*(["--beta", f"{beta:g}"] if beta else []), "--device", "cpu", "--out", folder]
+        code = seppo.main(argv, lambda argv: seppo.train(seppo.parse_args(argv), kind))
+        reason = said.getvalue().rpartition("seppo.py: ")[2].strip()
+        seppo.need(code == 0 or "not finite" in reason, f"python seppo.py {' '.join(argv)}: {reason}")
+        if code:  # counts as plain grey
+            return measure(torch.zeros(len(PROMPTS), 3, 16, 16)) | {"sign_pos": 0.0}
+        o, log = seppo.parse_args(argv), map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        signs = [update["sign_pos"] for update in log if update["sign_pos"] is not None] or [0.0]
+        line = measure_net(Path(folder, f"checkpoint-{o.steps}")) | {"sign_pos": mean(signs)}
+        return line | (anchor_truth(Path(folder), o.reference, seed) if truth and o.flip != "none" else {})
 
-    key = staticmethod(lambda line: tuple(line[name] for name in ("world", "variant", "lr", "beta", "seed")))
 
-    def __init__(self, path, bases):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        self.path, self.bases = path, bases
-        self.lines = {self.key(line): line for line in map(json.loads, path.read_text().splitlines())}
+def start_worker():  # quiet, on one thread; it ends with the study, even if that is killed
+    sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=wait, daemon=True).start()
 
-    def add(self, line):
-        self.lines[self.key(line)] = line
-        with open(self.path, "a") as file:
-            print(json.dumps(line), file=file)
 
-    def make(self, cells, what, truth=False):
-        """Runs what is missing of these cells (world, variant, lr, beta, seed), on all cores."""
-        missing = [cell for cell in dict.fromkeys(cells) if cell not in self.lines]
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-            jobs = [pool.submit(run_cell, c[0], self.bases[c[0]], *c[1:], truth) for c in missing]
-            for job in tqdm(as_completed(jobs), desc=what, total=len(jobs), unit="run"):
+T95 = (None, math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by the number of values
+KEY, MEASURES = ("world", "variant", "lr", "beta", "seed"), ("score", "gained", "shape", "distance")
+seeded = lambda cells, seeds: [(*cell, seed) for seed in seeds for cell in cells]
+flat = lambda runs, variants: [run for variant in variants for world in BASES for run in runs(variant, world)]
+minus = lambda a, b: [x - y for x, y in zip(a, b)]
+half = lambda values: T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+interval = lambda values, form=".3f": f"{mean(values):{form}}" + f" ± {half(values):.3f}" * (len(values) > 1)
+bold = lambda values: ("**{}**" if abs(mean(values)) > half(values) else "{}").format(interval(values, "+.3f"))
+spread = lambda values: f"{mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
+
+
+def table(title, row, items):
+    """Markdown. row(*item) yields (heading, text), and stops at the first run that is missing; the rest is empty."""
+    rows = [{} for _ in items]
+    for cells, item in zip(rows, items):
+        with contextlib.suppress(KeyError):
+            for heading, text in row(*item):
+                cells[heading] = text
+    head = [*max(rows, key=len)]
+    return f"## {title}\n\n{evaluation.markdown(head, *([row.get(name, '') for name in head] for row in rows))}\n"
+
+
+class Study(dict):
+    """{run: its line in study.jsonl}; a run is (world, variant, lr, beta, seed). digests: {world: its base}."""
+
+    def __init__(self, path, digests):
+        self.path, self.digests = path, digests
+        with seppo.explained(f"{path} cannot be read", "restore it, or choose another --out"):
+            for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+                base = digests.setdefault(line["world"], line["base"])
+                what = f"{path} has a run of `{line['world']}` from the base model {line['base']}, not {base}"
+                seppo.need(line["base"] == base, f"{what}: restore that base model, or choose another --out")
+                self[tuple(line[name] for name in KEY)] = line
+
+    def make(self, what, runs, truth=False):
+        """Makes what is missing of these runs, one per core at a time."""
+        missing = [run for run in runs if run not in self]
+        print(f"{what}: {len(missing)} of {len(runs)} runs to make, on {os.cpu_count()} cores")
+        pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
+        try:
+            jobs = {pool.submit(run_cell, *run, truth): run for run in missing}
+            for job in tqdm(as_completed(jobs), desc=what, total=len(jobs), unit="run") if jobs else ():
                 if not job.exception():
-                    self.add(job.result())
-            for job in jobs:  # what failed is said when the others are written
+                    run = jobs[job]
+                    self[run] = dict(zip(KEY, run)) | {"base": self.digests[run[0]]} | job.result()
+                    with seppo.explained(f"{self.path} cannot be written", seppo.ROOM), open(self.path, "a") as file:
+                        print(json.dumps(self[run]), file=file)
+            for job in jobs:  # a failure is raised when the other runs are written
                 job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def mean(self, seeds, *point):
-        return sum(self.lines[*point, seed]["score"] for seed in seeds) / len(seeds)
+    def read(self, runs, name="score"):
+        return [self[run][name] for run in runs]
 
+    def mean(self, runs):  # before all are made it is the lowest
+        return mean(self.read(runs)) if {*runs} <= {*self} else -math.inf
 
-# ---- The comparison -------------------------------------------------------------------------------------------------
+    def tried(self, variant, world):  # the runs from which the variant's cell is chosen
+        if variant in FORMS:
+            return seeded([(w, variant, *at) for w, *at in CELLS if w == world], FORM_SEEDS)
+        return seeded([(world, variant, lr, b) for lr in LR for b in (BETA if variant != "sft" else (0,))], GRID_SEEDS)
 
-ONE_SWITCH = [("seppo", "random, no flip"), ("sspo", "seppo"), ("seppo", "initial, sign")]  # a method, less another
-ONE_SWITCH += [("random, no flip", "spin"), ("random, no flip", "ditto")]
-LEGEND = """Score: of 480 pictures. ±: a 95 % interval over the seeds {plan.fresh} (Student's t, not corrected for the
-number of comparisons), for one base model and these pictures' noises; differences are paired by seed. Settings chosen
-on {plan.grid}, the best two on {plan.chosen} too; *: beyond the grid, nothing further was tried. Cells: the grid's.
-x^r better: than the policy's own from the same noise. Sign -1: what the criterion says (sspo then makes no x^r), by
-one draw of (t, eps) and by 16; gain: its precision less a coin's, "x^r better". One switch turned: at both methods'
-settings; at each lr mean (range) over beta, seed. strip.png: of each world base, sft, spin, seppo, sspo. {n} runs."""
+    def choose(self, variant, world):  # the cell with the highest mean over itself and its neighbours in lr and beta
+        tried, place = self.tried(variant, world), lambda lr, beta: (LR.index(lr), BETA.index(beta or BETA[0]))
+        steps = lambda a, b: sum(abs(i - j) for i, j in zip(place(*a[2:4]), place(*b[2:4])))
+        return max(tried, key=lambda a: self.mean([b for b in tried if steps(a, b) <= 1]))[:4]
 
+    def fresh(self, variant, world):  # the chosen cell on fresh seeds, fewer for ablations
+        if variant in ("base", "preferred"):
+            return [(world, variant, 0, 0, 0)]
+        return seeded([self.choose(variant, world)], FRESH_SEEDS[: 4 if variant in ABLATIONS else 8])
 
-def interval(values, form="{:.3f} ± {:.3f}"):
-    values = torch.tensor(values, dtype=torch.float64)
-    return form.format(values.mean().item(), T95[len(values)] * values.std().item() / len(values) ** 0.5)
+    def gains(self, variant, world, most=9):  # over the base model, at most so many steps of lr from the chosen one
+        own, base = LR.index(self.choose(variant, world)[2]), self[world, "base", 0, 0, 0]["score"]
+        return [self[run]["score"] - base for run in self.tried(variant, world) if abs(LR.index(run[2]) - own) <= most]
 
+    def best_forms(self):  # two that could become a switch: the oracle looks at the score
+        forms = [form for form in FORMS if "oracle" not in form]
+        return sorted(forms, key=lambda form: -self.mean(flat(self.tried, [form])))[:2]
 
-def choose(runs, plan):  # the three steps -> {(world, variant): (lr, beta)}, and its grid
-    pairs = list(itertools.product(runs.bases, plan.variants))
-    grid = {pair: list(itertools.product(plan.lr, plan.beta if pair[1] != "sft" else (0,))) for pair in pairs}
-    runs.make([(*pair, *at, seed) for pair in pairs for at in grid[pair] for seed in plan.grid], "grid")
-    mean = lambda pair, seeds: lambda at: runs.mean(seeds, *pair, *at)
-    tried = {pair: list(grid[pair]) for pair in pairs}
-    for pair in pairs if plan.edge else ():
-        lr, beta = max(grid[pair], key=mean(pair, plan.grid))
-        tried[pair] += [(BEYOND[lr], beta)] if lr in BEYOND else []
-        tried[pair] += [(lr, BEYOND[beta])] if beta in BEYOND else []
-    runs.make([(*pair, *at, seed) for pair in pairs for at in tried[pair] for seed in plan.grid], "beyond the edge")
-    two = {pair: sorted(tried[pair], key=mean(pair, plan.grid))[-2:] for pair in pairs}
-    runs.make([(*pair, *at, seed) for pair in pairs for at in two[pair] for seed in plan.chosen], "the best two")
-    return {pair: max(two[pair], key=mean(pair, plan.grid + plan.chosen)) for pair in pairs}, grid
+    def stages(self):
+        """(what, its runs, whether the sign is compared with the truth), what matters most first. Which runs a later
+        stage has depends on the earlier ones; how many, does not."""
+        by_seed = functools.partial(sorted, key=lambda run: run[-1])
+        yield "base models and preferred pictures", flat(self.fresh, ["base", "preferred"])
+        yield "grid of the main methods", by_seed(flat(self.tried, [*METHODS][:4]))
+        yield "tuned sft", flat(self.fresh, ["sft"])
+        yield "grid of the other methods", by_seed(flat(self.tried, [*METHODS][4:]))
+        yield "tuned methods on fresh seeds", flat(self.fresh, METHODS), True
+        for world, lr, beta in CELLS:
+            runs = seeded([(world, form, lr, beta) for form in (*OWN, *FORMS)], FORM_SEEDS)
+            yield f"what the sign knows, {world}, lr {lr:g}, beta {beta:g}", runs
+        yield "best forms of the sign on fresh seeds", flat(self.fresh, self.best_forms())
 
+    def untuned_row(self, variant, world):
+        yield from {"method": variant, "world": world}.items()
+        gains = {near: self.gains(variant, world, most) for near, most in (("", 9), ("near: ", 1))}
+        for near, values in gains.items():
+            yield f"{near}mean gain", f"{mean(values):+.3f}"
+            yield f"{near}worst run", f"{min(values):+.3f}"
+        tried, own = self.tried(variant, world), self.choose(variant, world)[2]
+        for steps, lr in zip(("one step of lr up", "two steps up"), LR[LR.index(own) + 1 :]):
+            at_lr, at_own = (self.read(run for run in tried if run[2] == rate) for rate in (lr, own))
+            yield steps, spread(minus(at_lr, at_own))
+        sft = mean(self.read(self.fresh("sft", world))) - self[world, "base", 0, 0, 0]["score"]
+        for near, values in gains.items():
+            yield f"{near}above tuned sft", f"{mean(gain > sft for gain in values):.0%}"
+        for other in ("sft", "seppo"):
+            same = [(world, other, lr, beta if other != "sft" else 0, seed) for *_, lr, beta, seed in tried]
+            yield f"less {other}", spread(minus(self.read(tried), self.read(same)))
 
-def tables(runs, plan, chosen, grid):
-    heads = ["method", "lr", "beta", "score", "minus sft", "minus seppo", "worst cell", "cells below the base"]
-    heads += ["made x^r", "x^r better", "sign -1", "gain", "recall", "16 draws: gain", "recall"]
-    text = []
-    for world in runs.bases:
-        rows, at_base = [heads], runs.lines[world, "base", 0, 0, 0]["score"]
-        fresh = {v: [runs.lines[world, v, *chosen[world, v], seed] for seed in plan.fresh] for v in plan.variants}
-        for v in plan.variants:
-            lr, beta = chosen[world, v]
-            score = [line["score"] for line in fresh[v]]
-            star = lambda value, tried: f"{value:g}" + "*" * (value not in tried)
-            row = [v, star(lr, plan.lr), star(beta, plan.beta) if beta else "", interval(score)]
-            for other in ("sft", "seppo"):
-                minus = [a - b["score"] for a, b in zip(score, fresh[other])]
-                row.append(interval(minus, "{:+.3f} ± {:.3f}") if v != other else "")
-            cells = [runs.mean(plan.grid, world, v, *at) for at in grid[world, v]]
-            row += [f"{min(cells):.3f}", f"{sum(cell < at_base for cell in cells)} of {len(cells)}"]
-            made = [line["sign_pos"] if v == "sspo" else 1.0 for line in fresh[v] if "sign_pos" in line]
-            row.append(f"{sum(made) / len(made):.0%}" if made and v not in ("dpo", "sft") else "")
-            known = [x for x in fresh[v] if "precision" in x]
-            for name in ("better", "minus", "precision", "recall", "precision_many", "recall_many"):
-                rates = [x[name] - x["better"] * name.startswith("precision") for x in known]
-                row.append(interval(rates, "{:.1%} ± {:.1%}") if known else "")
-            rows.append(row)
-        text.append(f"## World `{world}`: the base model has {at_base:.3f}\n\n{evaluation.markdown(*rows)}\n")
-    text.append(f"## One switch turned\n\n{evaluation.markdown(*one_switch(runs, plan, chosen))}\n")
-    text.append(LEGEND.format(plan=plan, n=len(runs.lines) - len(runs.bases)))
-    return "\n".join(text)
+    def tuned_row(self, variant, world):
+        runs = self.fresh(variant, world)
+        yield from {"method": variant, "world": world, "lr": f"{runs[0][2]:g}", "beta": f"{runs[0][3]:g}"}.items()
+        for name in (*MEASURES, "clipped", "sign_pos", "better", "minus", "gain", "gain_many", "agrees"):
+            yield name, interval(self.read(runs, name))
 
+    def difference_row(self, variant, world):
+        yield from {"method": variant, "world": world}.items()
+        for other, name in itertools.product(("sft", "seppo", "sspo"), MEASURES):
+            values = (self.read(self.fresh(v, world), name) for v in (variant, other))
+            yield f"{name} less {other}", bold(minus(*values))
 
-def one_switch(runs, plan, chosen):  # -> the rows of that table
-    rows = [["method, less another", "world", "score", *(f"at lr {lr:g}" for lr in plan.lr)]]
-    for world, (a, b) in itertools.product(runs.bases, ONE_SWITCH):
-        if {a, b} <= {*plan.variants}:
-            score = lambda v, *at: runs.lines[world, v, *at]["score"]
-            cells = [[score(a, *chosen[world, a], seed) - score(b, *chosen[world, b], seed) for seed in plan.fresh]]
-            for lr in plan.lr:
-                at = [(lr, *pair) for pair in itertools.product(plan.beta, plan.grid)]
-                cells.append([score(a, *point) - score(b, *point) for point in at])
-            spread = [f"{sum(c) / len(c):+.3f} ({min(c):+.3f} to {max(c):+.3f})" for c in cells[1:]]
-            rows.append([f"{a} - {b}", world, interval(cells[0], "{:+.3f} ± {:.3f}"), *spread])
-    return rows
+    def form_row(self, form):
+        yield "sign", OWN.get(form, form)
+        for world, lr, beta in CELLS:
+            yield f"{world} {lr:g}, {beta:g}", f"{mean(self.read(seeded([(world, form, lr, beta)], FORM_SEEDS))):.3f}"
+        for world, own in itertools.product(BASES, ("seppo", "sspo")):
+            cells = lambda v, seed: [(w, v, *at, seed) for w, *at in CELLS if w == world]
+            means = ([mean(self.read(cells(v, seed))) for seed in FORM_SEEDS] for v in (form, own))
+            yield f"{world}, less {OWN[own]}", bold(minus(*means))
 
-
-def study(plan, out):
-    """Everything: the runs, the tables, the pictures."""
-    bases = base_models()
-    runs = Runs(out / "study.jsonl", bases)
-    for world, folder in bases.items():
-        if (world, "base", 0, 0, 0) not in runs.lines:
-            runs.add(dict(world=world, variant="base", lr=0, beta=0, seed=0, score=mini_mean(load_net(folder))))
-    chosen, grid = choose(runs, plan)
-    runs.make([(*pair, *at, seed) for pair, at in chosen.items() for seed in plan.fresh], "fresh seeds", truth=True)
-    text = tables(runs, plan, chosen, grid)
-    (out / "study.md").write_text(text, "utf-8")
-    draw_heat(runs, plan, grid, out / "heat.png")
-    nets = []
-    for world, folder in bases.items():
-        shown = [v for v in ("sft", "spin", "seppo", "sspo") if v in plan.variants]
-        nets += [folder, *(str(place(world, v, *chosen[world, v], plan.fresh[0])) for v in shown)]
-    with seppo.explained("strip.png cannot be drawn", "it needs the nets of runs/study, where the runs were made"):
-        draw_strip([load_net(folder) for folder in nets], out / "strip.png")
-    print(f"{text}\nIn {out}: study.md, heat.png, strip.png (rows: {', '.join(map(str, nets))})")
+    def report(self):
+        """study.md, from study.jsonl alone. The README's table shows some of its rows and columns."""
+        stages = [(what, sum(run not in self for run in runs), len(runs)) for what, runs, *_ in self.stages()]
+        missing = "; ".join(f"{what} ({n} of {of})" for what, n, of in stages if n) or "none"
+        rows = lambda *variants: [(variant, world) for world in BASES for variant in variants]
+        ends, methods = ("base", "preferred"), (*METHODS, *self.best_forms())
+        text = [f"# The study: {len(self)} lines of study.jsonl\n\nRuns that are missing: {missing}.\n"]
+        text.append(table("Without tuning: every run of the grid", self.untuned_row, rows(*METHODS)))
+        text.append(table("Tuned, on fresh seeds", self.tuned_row, rows(*ends, *methods)))
+        text.append(table("Tuned, less another method", self.difference_row, rows(*methods)))
+        text.append(table("What the sign knows", self.form_row, [(form,) for form in (*OWN, *FORMS)]))
+        return "\n".join([*text, __doc__.split("\n\n")[-1]])
 
 
-# ---- The pictures ---------------------------------------------------------------------------------------------------
-
-
-def draw_strip(nets, path):
-    captions = seppo.CAPTIONS[:12]
-    noise = torch.stack(evaluation.start_noise(captions, (12, 8, 8)))
-    pictures = torch.cat([mini_pictures(net, captions, noise) for net in nets])
-    pixels = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    tiles = [Image.fromarray(picture).resize((80, 80), Image.NEAREST) for picture in pixels]
-    evaluation.save_png(diffusers.utils.make_image_grid(tiles, len(nets), len(captions)), path)
-
-
-def draw_heat(runs, plan, grid, path):
-    """heat.png: the mean score of every cell of the grid, a row of maps a world; white is the base, red below it."""
+def draw_figure(study, path):
+    """study.png: the score against the learning rate, with a band over beta and seeds, for each complete method."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.1 * len(plan.variants), 4), layout="constrained")
-    for row, world in zip(figure.subplots(2, len(plan.variants), squeeze=False), runs.bases):
-        at_base = runs.lines[world, "base", 0, 0, 0]["score"]
-        mean = {(v, *at): runs.mean(plan.grid, world, v, *at) for v in plan.variants for at in grid[world, v]}
-        reach = max(max(mean.values()) - at_base, 1e-3)
-        for axis, v in zip(row, plan.variants):
-            betas = sorted({beta for _, beta in grid[world, v]})
-            values = [[mean[v, lr, beta] for lr in plan.lr] for beta in betas]
-            axis.imshow(values, cmap="RdBu", vmin=at_base - reach, vmax=at_base + reach, aspect="auto")
-            axis.set_title(f"{v} ({world}: {at_base:.2f})", fontsize=8)
-            axis.set_xticks(range(len(plan.lr)), [f"{lr:g}" for lr in plan.lr], fontsize=7)
-            axis.set_yticks(range(len(betas)), [f"{beta:g}" if beta else "" for beta in betas], fontsize=7)
-            for y, x in itertools.product(range(len(betas)), range(len(plan.lr))):
-                ink = "white" if abs(values[y][x] - at_base) > 0.6 * reach else "black"
-                axis.text(x, y, f"{values[y][x]:.2f}", ha="center", va="center", fontsize=7, color=ink)
-    figure.suptitle("mean score on the grid's seeds; lr across, beta down; white, and in brackets: base", fontsize=9)
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    for axis, world in zip(figure.subplots(1, 2, sharey=True), BASES):
+        for variant, colour in zip(METHODS, ("#0072b2", "#009e73", "#d55e00", "#555555", "#cc79a7", "#e69f00")):
+            runs = study.tried(variant, world)
+            if {*runs} <= {*study}:
+                at = [study.read(run for run in runs if run[2] == lr) for lr in LR]
+                axis.plot(LR, [*map(mean, at)], "o-", color=colour, label=variant)
+                axis.fill_between(LR, [*map(min, at)], [*map(max, at)], color=colour, alpha=0.12, lw=0)
+        for variant, style in (("base", "--"), ("preferred", ":")):
+            for score in study.read({*study.fresh(variant, world)} & {*study}):
+                axis.axhline(score, color="black", ls=style, label=f"{variant} {score:.2f}")
+        axis.set(xscale="log", xlabel="learning rate", title=world, ylim=(max(0, axis.get_ylim()[0]), None))
+        axis.legend(fontsize=8)
     with seppo.whole(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+        figure.savefig(file, format="png", dpi=200)
 
 
 def run(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: seppo.need(False, f"{message} (--help lists the options)")
-    parser.add_argument("--small", action="store_true", help="18 runs, into runs/study-small")
-    parser.add_argument("--out", type=Path, help="where study.jsonl, tables and pictures lie [beside this script]")
-    o = parser.parse_args(argv)
-    out = o.out or (Path("runs/study-small") if o.small else HERE)
-    study(argparse.Namespace(**(SMALL if o.small else FULL)), out)
+    parser.add_argument("--tables", action="store_true", help="no runs: study.md and study.png from study.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of study.jsonl, study.md and study.png")
+    o, digests = parser.parse_args(argv), {}
+    for world, folder in {} if o.tables else BASES.items():
+        seppo.need(folder.is_dir(), f"there is no {folder}: copy it from the repository")
+        digests[world] = evaluation.digest(*load_net(folder).state_dict().values())
+    o.out.mkdir(parents=True, exist_ok=True)
+    study = Study(o.out / "study.jsonl", digests)
+    planned = {run for _, runs, *_ in study.stages() for run in runs}
+    print(f"The study has {len(planned)} runs, of which {len(planned & {*study})} are in {study.path}")
+    for stage in [None] if o.tables else study.stages():
+        if stage:
+            study.make(*stage)
+        with seppo.whole(o.out / "study.md") as file:  # after each stage
+            file.write_text(study.report(), "utf-8")
+        draw_figure(study, o.out / "study.png")
+    print(f"{o.out}: study.md, study.png")
 
 
 if __name__ == "__main__":
