@@ -19,7 +19,6 @@ import html
 import itertools
 import json
 import math
-import pickle
 import re
 import sys
 import textwrap
@@ -270,6 +269,12 @@ FILES["imagereward"] = [(REWARD, "med_config.json"), (REWARD, "ImageReward.pt"),
 FILES["aesthetic"] += [(AESTHETIC, AESTHETIC_FILE)]
 
 
+@functools.lru_cache
+def is_online():  # asked once: without a network hf_hub_download tries for 20 seconds per file
+    with contextlib.suppress(Exception):
+        return bool(huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT))
+
+
 def find_files(name, folder=None):
     """The paths of FILES[name]: FOLDER/OWNER/NAME/FILE, FOLDER/NAME/FILE or FOLDER/FILE; without a folder in the hub's
     cache (the aesthetic predictor's head comes from GitHub). Raises UserError for a missing one. Loads nothing."""
@@ -280,7 +285,7 @@ def find_files(name, folder=None):
             path = Path(folder or torch.hub.get_dir(), home if folder else "", file)
             with contextlib.suppress(OSError, ValueError):
                 if folder is None and repository != AESTHETIC:
-                    path = Path(huggingface_hub.hf_hub_download(repository, file))
+                    path = Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=not is_online()))
                 elif folder is None and not path.exists():
                     url = f"https://github.com/{AESTHETIC}/raw/main/{file.replace('+', '%2B')}"
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +294,7 @@ def find_files(name, folder=None):
                 found.append(path)
                 break
         else:
-            raise UserError(f"{SCORERS[name][0]} needs {repository}: {files[0]}")
+            raise UserError(f"{SCORERS[name][0]} needs {repository}: {files[0]}, not in {folder or 'cache or hub'}")
     return found
 
 
@@ -326,8 +331,8 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
 def load_weights(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError):
-        raise ValueError(f"{path} is no file of weights") from None
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise ValueError(f"{path} is not a weights file: {error}") from error
 
 
 # ---- 3. The prompts and their noise ---------------------------------------------------------------------------------
@@ -342,13 +347,11 @@ def read_prompts(name):
     -> the prompts in order, without blank ones. Raises UserError."""
     with explained(f"--prompts {name} cannot be read", f"it takes {', '.join(NAMED)}, or a .txt, .json or .jsonl"):
         rows = named_prompts(name) if name in NAMED else file_prompts(Path(name))
-        need(isinstance(rows, list), f"--prompts {name} holds no list")
         prompts = [prompt for prompt in itertools.starmap(prompt_of, enumerate(rows, 1)) if prompt]
         "".join(prompts).encode()  # no tokenizer takes half a surrogate pair
     need(prompts, f"--prompts {name} holds no prompt")
-    need(
-        NAMED.get(name, len(prompts)) == len(prompts), f"--prompts {name}: {len(prompts)} came, not {NAMED.get(name)}"
-    )
+    wanted = NAMED.get(name, len(prompts))
+    need(len(prompts) == wanted, f"--prompts {name}: expected {wanted} prompts, got {len(prompts)}")
     return prompts
 
 
@@ -357,9 +360,8 @@ def named_prompts(name):
     if name == "mini":
         return [seppo.CAPTIONS[i % len(seppo.CAPTIONS)] for i in range(NAMED[name])]
     if name == "parti":  # `datasets` reads it so too
-        return list(
-            csv.DictReader(Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").split("\n"), delimiter="\t")
-        )
+        lines = Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").split("\n")
+        return list(csv.DictReader(lines, delimiter="\t"))
     if name == "hpsv2":
         files = [hub(HPD, f"benchmark/{style}.json") for style in ("anime", "concept-art", "paintings", "photo")]
         return [prompt for file in files for prompt in json.loads(Path(file).read_text("utf-8"))]
@@ -376,10 +378,8 @@ def named_prompts(name):
 
 def file_prompts(path):  # a JSON list, JSONL, or lines of text, by the file's ending
     need(path.suffix in (".json", ".jsonl", ".txt"), f"--prompts {path} is no .txt, .jsonl or .json")
-    lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
-    if path.suffix == ".json":
-        return json.loads("\n".join(lines))
-    return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
+    text = path.read_text("utf-8-sig")
+    return list(filter(str.strip, text.split("\n")) if path.suffix == ".txt" else seppo.json_lines(path, text))
 
 
 def prompt_of(number, row):  # a string, or an object that has one; its white space is trimmed
@@ -421,10 +421,20 @@ def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; that o
         fits = re.fullmatch(r"\w[\w.+-]*", name) and name not in found
         need(fits, f"--unet {spec} needs a name of its own: NAME={where}")
         found[name] = seppo.spelled(where)
+        run, model, _ = run_of(found[name])
+        if model not in (None, o.model):
+            print(f"--unet {spec} was trained from {model}, but --model is {o.model}")
     if o.model in seppo.MINI:
-        runs = [run for run in (Path(where), *Path(where).parents) if (run / "checkpoint-0").is_dir()]
-        found["base"] = str(runs[0] / "checkpoint-0") if runs else None
+        found["base"] = str(run / "checkpoint-0") if run else None
     return found
+
+
+def run_of(where):  # the run that a folder belongs to, its base model, and what that predicts
+    for run in (Path(where), *Path(where).parents):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            config = json.loads((run / "config.json").read_text())
+            return run, config["options"]["model"], config["sampler"]["prediction_type"]
+    return None, None, None
 
 
 def last_run(model):  # the folder in runs/ where it was trained last
@@ -464,9 +474,10 @@ def load_checked(name, where, base, kind):
         unet.load_motion_modules(adapter)
     ours, theirs = ({key: t.shape for key, t in net.state_dict().items()} for net in (unet, base))
     need(ours == theirs, f"{spec} has another shape than the UNet of --model")
-    with contextlib.suppress(OSError, ValueError):  # a whole model says what it predicts
-        own = DDPMScheduler.load_config(where, subfolder="scheduler", local_files_only=True)
-        need(own.get("prediction_type", kind) == kind, f"{spec} predicts {own.get('prediction_type')}, --model {kind}")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a run and a full pipeline state what they predict
+        *_, own = run_of(where)
+        own = own or DDPMScheduler.load_config(where, subfolder="scheduler", local_files_only=True)["prediction_type"]
+        need(own == kind, f"{spec} predicts {own}, --model {kind}")
     return unet
 
 
@@ -492,9 +503,10 @@ def generate(o, unets, base, codec, prompts, batches):
     side = o.resolution // codec.factor
     shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)
     noises = start_noise(prompts, shape, o.seed, o.protocol, o.device, o.half)
-    modules = [v for v in vars(codec).values() if isinstance(v, torch.nn.Module)]
-    settings = (o.sampler_steps, o.guidance, o.dtype, o.device.type)
-    common = digest(*modules, solver_settings(o, codec), o.solver, settings)
+    nets = [v for v in vars(codec).values() if isinstance(v, torch.nn.Module)]
+    words = codec.tokenizer.backend_tokenizer.to_str() if o.model not in seppo.MINI else ""
+    settings = (words, o.solver, o.sampler_steps, o.guidance, o.dtype, o.device.type)
+    common = digest(*nets, solver_settings(o, codec), settings)
     base = base.cpu()
     kind = codec.scheduler.config.prediction_type
     marks = {name: digest(load_checked(name, where, base, kind), common) for name, where in unets.items()}  # all first
@@ -531,19 +543,13 @@ def save_png(image, path):
 
 
 def score_pictures(o, files, prompts, batches, missing):
-    """-> {model: {scorer: (N,) scores, or None}}; adds to {scorer: why it is missing}."""
+    """-> {model: {scorer: (N,) scores, or None for a missing one}}."""
     scores = {model: dict.fromkeys(o.scorers) for model in files}
     for name in [name for name in o.scorers if name not in missing]:
-        title = SCORERS[name][0]
-        print(f"loading {title}")
-        try:
-            scorer = load_scorer(name, o.scorer_weights, o.device, antialias=o.protocol != "paper")
-        except UserError as error:
-            missing[name] = str(error)
-            continue
+        scorer = load_scorer(name, o.scorer_weights, o.device, antialias=o.protocol != "paper")
         for model, paths in files.items():
             parts = []
-            for batch in tqdm(batches, f"{model}: {title}", unit="batch"):
+            for batch in tqdm(batches, f"{model}: {SCORERS[name][0]}", unit="batch"):
                 with ThreadPoolExecutor() as pool:
                     strips = list(pool.map(read_frames, paths[batch]))
                 captions = [caption for caption, frames in zip(prompts[batch], strips) for _ in frames]
@@ -628,7 +634,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--frames", "--num_frames", type=int, help="of a clip [16]")
     add("--prompts", default="pickapic", help=f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list")
     add("--max-prompts", type=int, help="the first N prompts only")
-    add("--scorers", default=",".join([*SCORERS][:-1]), help=f"comma-separated, of {', '.join(SCORERS)}")
+    add("--scorers", default=",".join([*SCORERS][:-1]), help=f"comma-separated, of {', '.join(SCORERS)}; or none")
     add("--scorer-weights", help="a folder with the hub's own files, instead of the hub")
     add("--protocol", default="paired", choices=("paired", "paper"), help="paper: one generator, PNDM, 50 steps")
     add("--solver", default="dpm++", choices=seppo.SOLVERS, help="the diffusers scheduler")
@@ -638,14 +644,14 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--seed", type=int, default=0, help="of the noise")
     add("--batch-size", type=int, default=16, help="pictures (clips: 1) at a time; changes pictures by rounding")
     add("--device", help="cpu, cuda or cuda:1 [what there is]")
-    add("--dtype", "--mixed_precision", choices=("fp16", "fp32"), help="of what generates [fp16 on a GPU]")
+    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="of what generates [fp16 on a GPU]")
     add("--out", "--output_dir", help="where table and pictures go [runs/eval-MODEL]")
     given, _ = parser.parse_known_args(argv)
     changed = MINI if given.model in seppo.MINI else dict(frames=16, batch_size=1) if given.motion_adapter else {}
     parser.set_defaults(**changed | (dict(solver="pndm", sampler_steps=50) if given.protocol == "paper" else {}))
     o = parser.parse_args(argv)
     seppo.join_devices(o)
-    o.scorers = [*dict.fromkeys(name.strip() for name in o.scorers.split(","))]
+    o.scorers = [*dict.fromkeys(name.strip() for name in o.scorers.split(",") if o.scorers != "none")]
     o.out = Path(o.out or Path("runs", f"eval-{Path(o.model).resolve().name}"))
     need(o.world == 1, "eval.py is one process: start it with python, not with torchrun")
     for name, value in vars(o).items():
@@ -672,12 +678,14 @@ def run(argv=None):
     prompts, missing = read_prompts(o.prompts)[: o.max_prompts], {}
     known = o.model not in seppo.MINI or {*prompts} <= {*seppo.CAPTIONS}
     need(known, f"--prompts {o.prompts}: the miniature knows its own captions only")
-    for name in o.scorers:  # before hours of drawing
+    for name in o.scorers:  # check before hours of sampling
+        print(f"loading {SCORERS[name][0]}")
         try:
-            find_files(name, o.scorer_weights)
+            load_scorer(name, o.scorer_weights)
         except UserError as error:
             missing[name] = f"{error}"
-    need(len(missing) < len(o.scorers), f"no scorer can be loaded: {'; '.join(missing.values())}")
+    said = "no scorer can be loaded (--scorers none makes the pictures only): " + "; ".join(missing.values())
+    need(len(missing) < len(o.scorers) or not o.scorers, said)
     unets = find_unets(o)
     fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
     base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))
@@ -687,7 +695,6 @@ def run(argv=None):
     del base, codec
     scores = score_pictures(o, files, prompts, batches, missing)
     report(o, files, prompts, scores, missing, settings)
-    need(len(missing) < len(o.scorers), "no scorer could be loaded")
 
 
 def main(argv=None):

@@ -372,6 +372,8 @@ def train(o):
             if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
                 save(o, trainer, data, update + 1, interval_ends)
                 saved = time.monotonic()
+    if data.unusable:
+        print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
 
 
@@ -418,7 +420,7 @@ class Winners:
     (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels."""
 
     def __init__(self, o, source, groups):
-        self.o, self.source, self.groups, self.total, self.lock = o, source, [], 0, threading.Lock()
+        self.o, self.source, self.groups, self.total, self.unusable, self.lock = o, source, [], 0, {}, threading.Lock()
         for n, read in groups:
             n = min(n, (o.max_winners or n + self.total) - self.total)
             self.groups += [(n, read)] if n else []
@@ -445,15 +447,15 @@ class Winners:
         at = bisect.bisect(ends, place)
         with self.lock:  # several threads ask, one reads
             rows = self.group(order[at], epoch)
-        return rows[(place - ends[at]) % len(rows)] if rows else (None, None, None)
+        return rows[(place - ends[at]) % len(rows)] if rows else ("a tie", "its row group holds only ties", None)
 
     def __getitem__(self, position):
         """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were of no use."""
         chance, wanted = random.Random(key(self.o.seed, "flip", position)), position
         flip, start = chance.random() < 0.5, chance.random()
         for attempt in range(1, 101):
+            caption, winner, loser = row = self.row(wanted)
             try:
-                caption, winner, loser = self.row(wanted)
                 if not isinstance(caption, str) or not caption.strip():
                     raise ValueError("no caption")
                 caption.encode()  # half a surrogate pair is a ValueError here, and anything at all in a tokenizer
@@ -461,9 +463,10 @@ class Winners:
                 loser = to_pixels(loser, self.o, flip, start) if self.o.loser == "data" else None
                 return position, caption, winner, loser, attempt - 1
             except ValueError as error:
-                reason = error
+                name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
+                self.unusable[reason := f"{name}: {error}"] = True
             wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
-        raise UserError(f"--data {self.source}: 100 rows in a row are of no use (the last: {reason})")
+        raise UserError(f"--data {self.source}: 100 rows in a row could not be used, the last: {reason}")
 
 
 def fetch_ahead(data, positions, ahead):
@@ -488,14 +491,14 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4
 
 
 def to_pixels(picture, o, flip=False, start=0.0):
-    """Bytes or a path -> (3, R, R) in [-1, 1]: shorter side to R (bilinear), centre crop; of a film (3, F, R, R).
-    Pixels stay. Raises ValueError for what is no picture."""
+    """Bytes or a path -> (3, R, R) in [-1, 1], of a video (3, F, R, R); tensors pass through. Otherwise ValueError."""
     if not isinstance(picture, torch.Tensor):
         try:
-            need(not isinstance(picture, Path) or picture.is_file(), "no file")  # pipes would be waited for
+            need(not isinstance(picture, str), picture)
+            need(not isinstance(picture, Path) or picture.is_file(), "no file")  # a pipe would block
             pictures = read_clip(picture, o.frames, start) if o.frames else [read_picture(picture)]
             fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
-            need(len(fitted) == (o.frames or 1), f"{len(fitted)} frames")
+            need(len(fitted) == (o.frames or 1), f"{len(fitted)} frames, --frames is {o.frames}")
         except Exception as error:  # whatever a stranger's bytes make a decoder raise
             raise ValueError(f"no readable picture: {error}") from error
         values = torch.frombuffer(bytearray().join(frame.tobytes() for frame in fitted), dtype=torch.uint8)
@@ -507,8 +510,9 @@ def to_pixels(picture, o, flip=False, start=0.0):
 def read_picture(picture):
     """Bytes, a path (no string: what somebody's Parquet names is not opened), or a dict as `datasets` stores them."""
     picture = picture["bytes"] if isinstance(picture, dict) else picture
+    need(picture is not None, "jpg_0 or jpg_1 has no bytes (a path is not opened): save the pictures in the Parquet")
     with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
-        need(image.width * image.height <= 64e6, f"{image.size} pixels")  # a few kilobytes can ask for gigabytes
+        need(image.width * image.height <= 64e6, f"{image.width * image.height / 1e6:.0f} megapixels, the limit is 64")
         image.load()  # before its metadata, which may be anything
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
@@ -535,7 +539,9 @@ def read_clip(path, frames, start, stride=4):
     with opened() as film:
         for i, frame in enumerate(itertools.islice(film.decode(video=0), wanted[-1] + 1)):
             if i in wanted:
-                yield frame.to_image().rotate(frame.rotation, expand=True)
+                image, m = frame.to_image(), bytes(frame.side_data.get("DISPLAYMATRIX", bytes(36)))
+                a, b, _, c, d, *_ = memoryview(m).cast("i")  # how it is shown; a determinant below 0 mirrors it
+                yield (ImageOps.flip(image) if a * d < b * c else image).rotate(frame.rotation, expand=True)
 
 
 PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2")  # copies: yuvalkirstain/pickapic_v2 is gone
@@ -555,44 +561,54 @@ def open_data(o):
 
 
 def files_below(folder):
-    """In order; nothing that is hidden, and nothing of a run."""
-    runs = {path.parent for path in folder.rglob("checkpoint-0")} - {folder}
-    files = [path for path in sorted(folder.rglob("*")) if not runs & {*path.parents} and path.is_file()]
-    return [path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    """All files, sorted. Linked folders are followed, each folder once. Hidden files and runs are left out."""
+    files, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        is_run, real = "checkpoint-0" in folders and Path(where) != folder, os.path.realpath(where)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen and not is_run)
+        files += [Path(where, name) for name in names if name[0] != "." and real not in seen and not is_run]
+        seen.add(real)
+    return sorted(file for file in files if file.is_file())
+
+
+def json_lines(path, text):
+    """The values of a JSON list, or of JSON lines. An error names the line."""
+    for i, part in enumerate([text] if text.lstrip()[:1] == "[" else [f"[{line}]" for line in text.split("\n")]):
+        try:
+            yield from json.loads(part)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {i + error.lineno}: {error.msg}") from None
 
 
 def folder_rows(folder, endings):
-    """metadata.jsonl ({"file_name": ..., "text": ...} a line), or name.txt beside name.jpg or name.mp4. What has no
-    caption is no data; what has one and is left out is counted."""
+    """metadata.jsonl ({"file_name": ..., "text": ...} per line), or name.txt beside name.jpg or name.mp4."""
 
-    def read(path):  # UTF-8, or UTF-16 that says so; what is neither becomes a surrogate: of no use, but not garbage
+    def read(path):  # UTF-8, or UTF-16 with a BOM; other bytes become lone surrogates, so that the row is replaced
         data = path.read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
         return re.sub("[\0-\x08\x0e-\x1f\ufffd]", "\ud800", text)
 
-    files, rows, left_out = files_below(folder), [], []
+    files, named = files_below(folder), []
     tables = of_train(folder, [str(file.relative_to(folder)) for file in files if file.name == "metadata.jsonl"])
     for table in (folder / name for name in tables):
-        text = read(table)
-        lines = json.loads(text) if text.strip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
-        for line in lines:
+        for line in json_lines(table, read(table)):
             fits = isinstance(line, dict) and {"file_name", "text"} <= {*line}
             need(fits, f"{table} has {str(line)[:99]}, not the keys file_name and text")
             file = Path(os.path.normpath(table.parent / str(line["file_name"])))
             file = file if folder in file.parents else file.resolve()  # the folder's name may be a link
             need(folder in file.parents, f"{table} names {file}, outside the folder")
-            usable = file.suffix.lower() in endings and file.is_file()
-            (rows if usable else left_out).append((line["text"], file, None))
-    beside = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-    captions = {file: beside.get(file.with_suffix(""), file) for file in files}
+            named.append((line["text"], file))
     if not tables:
-        own = [file for file, text in captions.items() if text != file and file.suffix.lower() in endings]
-        rows = [(read(captions[file]), file, None) for file in own]
-    taken = {file for _, file, _ in rows + left_out}
-    kinds = "metadata.jsonl names" if tables else ", ".join(sorted(endings))
-    left_out += [(None, file, None) for file, text in captions.items() if text != file and file not in taken]
-    if left_out:
-        print(f"--data {folder}: {len(left_out)} left out ({left_out[0][1].name}, ...): it takes what {kinds}")
+        texts = {file.with_suffix(""): read(file) for file in files if file.suffix.lower() == ".txt"}
+        named = [(texts[file.with_suffix("")], file) for file in files if file.with_suffix("") in texts]
+    rows = [(text, file, None) for text, file in named if file.suffix.lower() in endings and file.is_file()]
+    used = {file.with_suffix("") for _, file, _ in rows}  # 0.txt and 0.json beside 0.jpg count as used
+    lost = [file for _, file in named if file.with_suffix("") not in used]
+    lost += [file for file in files if file.suffix.lower() in endings and file.with_suffix("") not in used]
+    said = f"--data {folder}: {len(lost)} files unused, without caption or picture: {', '.join(map(str, lost[:3]))}"
+    need(rows or not (tables and lost), said)
+    if lost:
+        print(said)
     return rows
 
 
@@ -613,7 +629,7 @@ def parquet_groups(name):
             root = f"datasets/{source}"
             system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks read what nobody asked for
         names = of_train(source, [file for file in names if file.endswith(".parquet")])
-        need(names or os.path.isfile(name), f"--data {source} has no Parquet (--loser data needs it) or captions")
+        need(names or os.path.isfile(name), f"--data {source} needs name.txt beside name.jpg, or Parquet")
         files = [f"{root}/{file}" for file in names] or [name]
         files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
@@ -626,28 +642,30 @@ def parquet_groups(name):
         sides, rows = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}, []
         table = group.to_table(columns=COLUMNS + ["label_1"] * ("label_1" in group.physical_schema.names))
         for row in table.to_pylist():
-            labels = (math.nan if v is None else v for name, v in row.items() if name[:6] == "label_")
-            label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels)
-            winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))  # no picture: counted
-            rows.append(None if label == 0.5 else (row["caption"], row.get(winner), row.get(loser)))
+            labels = {name: math.nan if v is None else v for name, v in row.items() if name[:6] == "label_"}
+            label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels.values())
+            winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))
+            found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # in the place of a picture: to_pixels
+            rows.append(None if label == 0.5 else (row["caption"], row.get(winner, found), row.get(loser)))
         return rows
 
     return source, [(group.row_groups[0].num_rows, functools.partial(read, group)) for group in groups]
 
 
 def of_train(source, names):
-    """Those of the files that are of the split `train`: with that word in their path; all, if none names a split."""
+    """The files of the split `train`, which have that word in their path; all files, if no other split is named."""
     has = lambda name, *words: {*re.split(r"[^a-z]+", name.lower())} & {*words}
-    train = [name for name in sorted(names) if has(name, "train")]
     other = [name for name in names if has(name, "validation", "valid", "val", "dev", "test")]
-    need(train or not other, f"--data {source} has no split named train: {', '.join(other[:4])}")
-    return train or sorted(names)
+    train = [name for name in sorted(names) if has(name, "train") or not other]
+    need(train or not names, f"--data {source} has no split named train: {', '.join(other[:4])}")
+    if train != sorted(names):
+        print(f"--data {source}: {len(train)} of {len(names)} files are used, those of the split named train")
+    return train
 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "it takes a hub id or a folder, which StableDiffusionPipeline.from_single_file(FILE).save_pretrained("
-FOLDER_OR_ID += "FOLDER) makes of a file (fuse a LoRA first), python seppo.py of the miniature; a run goes to --unet"
+FOLDER_OR_ID = "give a hub id or a diffusers folder (from_single_file makes one; fuse a LoRA first); --unet takes runs"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -706,9 +724,6 @@ def load_unet(name, *kinds, fuse=None):
     `fuse` is given and there is a LoRA (a file, in one of these places, or on the hub), the net is fuse(its file)."""
     last = sorted(map(str, Path(name).glob("checkpoint-*[0-9]")), key=lambda folder: (len(folder), folder))[-1:]
     lora = [file for file in (Path(name), *(Path(where, LORA_FILE) for where in (name, *last))) if file.is_file()]
-    if fuse and not Path(name).exists():
-        with contextlib.suppress(OSError, ValueError):
-            lora = [huggingface_hub.hf_hub_download(name, LORA_FILE)]
     if fuse and lora:
         return fuse(str(lora[0]))
     for where, part in itertools.product((name, *last), ("unet", "motion_adapter", "")):
@@ -716,7 +731,9 @@ def load_unet(name, *kinds, fuse=None):
             found = UNet2DConditionModel.load_config(where, subfolder=part)["_class_name"]
             break
     else:
-        raise OSError(f"it holds no configuration of a UNet and no {LORA_FILE}")
+        if not fuse or Path(name).exists():
+            raise OSError(f"no configuration of a UNet and no {LORA_FILE}")
+        return fuse(huggingface_hub.hf_hub_download(name, LORA_FILE))
     need(found in kinds, f"{name} holds a {found}, not a {' or '.join(kinds)}")
     print(f"{found}: {Path(where, part) if Path(where, part).exists() else where}")
     return load_whole(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
@@ -744,7 +761,10 @@ def load_models(o):
     fits = takes == gives and not config.get("addition_embed_type") and levels.prediction_type != "sample"
     need(fits, f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes {takes} channels of {gives}")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm: this model begins in noise: ddim")
+    if not o.frames and (made := codec.factor * (config.sample_size or 0)) not in (0, o.resolution):
+        print(f"{where} was made at {made} pixels, --resolution is {o.resolution}")
     if o.motion_adapter:
+        need(policy.mid_block, f"--motion-adapter: the UNet of {where} has no middle block, which an adapter needs")
         if not isinstance(policy, UNetMotionModel):
             with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID):
                 policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, "MotionAdapter"))
@@ -1022,6 +1042,8 @@ CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing
 def spelled(name):
     """A folder is the same folder however it is spelled; what has left the hub is its copy there."""
     path = os.path.expanduser(name)
+    is_local = name[:1] in "/.~" or name.partition("@")[0].count("/") > 1 or "/" in name and Path(name).parent.is_dir()
+    need(os.path.exists(path) or not is_local, f"{name}: no such file or folder")
     return os.path.realpath(path) if os.path.exists(path) and name not in MINI_DATA else MOVED.get(name, name)
 
 
@@ -1042,7 +1064,7 @@ def parse_args(argv=None):
     add("--train", choices=("motion", "all"), help="which weights of a text-to-video model learn [motion]")
     add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: all")
     add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, a folder, a file, or a hub id")
-    add("--max-winners", "--max_train_samples", type=int, help="the first N rows only: what is behind is never read")
+    add("--max-winners", "--max_train_samples", type=int, help="the first N rows only; reads whole row groups")
     add("--resolution", type=int, default=512, help="pixels of the shorter side, then of the centre crop")
     add("--caption-dropout", type=float, default=0.2, help="share of captions replaced by the empty one")
     add("--out", "--output_dir", help="the run's folder [runs/MODEL-METHOD-...]")
@@ -1059,7 +1081,7 @@ def parse_args(argv=None):
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="its classifier-free guidance scale, 1: none")
     add("--compile", action="store_true", help="compile the net that generates: faster after some minutes")
     add("--device", help="cpu, cuda or cuda:1 [what there is]")
-    add("--dtype", "--mixed_precision", choices=("fp16", "fp32"), help="of the error passes [fp16 on a GPU]")
+    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="of the error passes [fp16 on a GPU]")
     given, _ = parser.parse_known_args(argv)
     parser.set_defaults(**MINI.get(given.model, CLIPS if given.motion_adapter else {}))
     o = parser.parse_args(argv)
@@ -1078,7 +1100,7 @@ def parse_args(argv=None):
     need(o.sampler_steps < 1000, "--sampler-steps: there are 1000 noise levels")
     need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout: from 0 to 1; --lora-rank: 0 or more")
     mini = o.model in MINI
-    need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: pickapic, or your own")
+    need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: add --model or --data")
     need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (the miniature: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
@@ -1098,7 +1120,7 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
         torch.cuda.set_device(o.device)
         torch.backends.cudnn.allow_tf32 = False  # where fp32 is meant
         torch.backends.cuda.enable_cudnn_sdp(False)  # policy and reference might get different kernels of it
-    o.dtype = o.dtype or ("fp16" if o.device.type == "cuda" else "fp32")
+    o.dtype = "fp32" if o.dtype == "no" else o.dtype or ("fp16" if o.device.type == "cuda" else "fp32")
     o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # of what only generates, encodes and decodes
 
 

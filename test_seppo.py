@@ -304,16 +304,17 @@ def test_picture_folders(tmp_path, capsys):
     folder = pictures(tmp_path / "a [b]", "0.jpg 1.JFIF 2.jpe deep/3.png .hidden/4.jpg 6.avif old/samples/7.jpg")
     (folder / "._0.jpg").write_bytes(b"Mac OS X")
     (folder / "uncaptioned.jpg").write_bytes(jpeg(9))
+    (folder / "0.json").write_text("{}")  # as img2dataset writes it
     (folder / "2.txt").rename(folder / "2.TXT")
     (folder / "old/checkpoint-0").mkdir()
     (folder / "old/config.json").write_text("{}")
     write_parquet(folder / "scores.parquet", {"score": [1.0]})
     assert captions_of(folder) == {"caption 0", "caption 1", "caption 2", "caption 3"}
-    assert "1 left out (6.avif, ...)" in capsys.readouterr().out
+    assert f"3 files unused, without caption or picture: {folder}/6.avif, " in capsys.readouterr().out
     lines = [{"file_name": f"{i}.jpg", "text": f"line {i}"} for i in (0, 3)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert captions_of(folder) == {"line 0"}, "3.jpg is not there"
-    assert "5 left out (3.jpg, ...): it takes what metadata.jsonl names" in capsys.readouterr().out
+    assert f"5 files unused, without caption or picture: {folder}/3.jpg, " in capsys.readouterr().out
     (folder / "metadata.jsonl").rename(folder / "deep/metadata.jsonl")
     shutil.copy(folder / "0.jpg", folder / "deep/train.jpg")
     (folder / "deep/metadata.jsonl").write_text(json.dumps([{"file_name": "train.jpg", "text": "a list"}]))
@@ -321,6 +322,26 @@ def test_picture_folders(tmp_path, capsys):
     pairs = write_parquet(tmp_path / "pairs [1]" / "x::y.parquet", pickapic_rows(4)).parent
     (pairs / "uncaptioned.jpg").write_bytes(jpeg(9))
     assert captions_of(pairs) == {f"picture {i}" for i in range(4)}
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    pictures(tmp_path / "store", "0.jpg 1.jpg"), pictures(tmp_path / "data", "2.jpg deep/3.jpg")
+    for link, folder in {"a": "store", "b": "store", "deep/loop": "data"}.items():
+        (tmp_path / "data" / link).symlink_to(tmp_path / folder)
+    assert seppo.open_data(options(tmp_path / "data")).total == 4
+    assert captions_of(tmp_path / "data") == {f"caption {i}" for i in range(4)}
+
+
+def test_a_split_is_meant_only_beside_other_splits(tmp_path, capsys):
+    for name in ("train", "bus"):
+        write_parquet(tmp_path / "a" / f"{name}.parquet", pickapic_rows(4, 10 * len(name)))
+        table = pictures(tmp_path / "b", f"{name}/{name}.jpg") / name / "metadata.jsonl"
+        table.write_text(json.dumps({"file_name": f"{name}.jpg", "text": f"a {name}"}))
+    assert seppo.open_data(options(tmp_path / "a")).total == 8 and captions_of(tmp_path / "b") == {"a train", "a bus"}
+    assert "train" not in capsys.readouterr().out
+    write_parquet(tmp_path / "a/test/0.parquet", pickapic_rows(4))
+    assert seppo.open_data(options(tmp_path / "a")).total == 4
+    assert "1 of 3 files are used, those of the split named train" in capsys.readouterr().out
 
 
 def test_captions_are_read_or_counted_never_garbage(tmp_path):
@@ -373,26 +394,19 @@ def odd_pictures():
     deep = Image.fromarray(torch.full((64, 64), 200 * 256, dtype=torch.uint16).numpy())
     big = Image.frombytes("I;16B", (64, 64), b"\xc8\0" * 4096)
     inks = Image.new("CMYK", (64, 64), (55, 55, 55, 0))
-    odd = {"1 pixel": encoded(Image.new("L", (1, 1), 200), "PNG"), "wide": encoded(grey.resize((30000, 1)), "PNG")}
-    odd |= {
-        "16-bit": encoded(deep, "PNG"),
-        "big end first": encoded(big, "TIFF"),
-        "CMYK": encoded(inks, "JPEG"),
-        "WebP": encoded(grey, "WEBP"),
-    }
-    odd |= {"animated": encoded(grey, "GIF", save_all=True, append_images=[Image.new("L", (64, 48), 0)] * 3)}
     notes, clear = PngImagePlugin.PngInfo(), Image.new("LA", (64, 64), (0, 0))
     notes.add_text("workflow", "x" * 70_000_000, zip=True)
     clear.paste((200, 255), (0, 0, 64, 64))
+    odd = {"1 pixel": encoded(Image.new("L", (1, 1), 200), "PNG"), "wide": encoded(grey.resize((30000, 1)), "PNG")}
+    odd |= {"16-bit": encoded(deep, "PNG"), "big end first": encoded(big, "TIFF"), "CMYK": encoded(inks, "JPEG")}
+    odd |= {"animated": encoded(grey, "GIF", save_all=True, append_images=[Image.new("L", (64, 48), 0)] * 3)}
     odd |= {
         "notes": encoded(grey, "PNG", pnginfo=notes),
         "profile": encoded(grey, "PNG", icc_profile=bytes(3_000_000)),
     }
     odd |= {"EXIF": encoded(grey, "JPEG", exif=rotated), "of datasets": {"bytes": encoded(grey, "PNG")}}
-    return odd | {
-        "odd EXIF": encoded(grey, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
-        "opaque": encoded(clear, "PNG"),
-    }
+    odd |= {"WebP": encoded(grey, "WEBP"), "opaque": encoded(clear, "PNG")}
+    return odd | {"odd EXIF": encoded(grey, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")}
 
 
 def winners_of(*rows):
@@ -447,6 +461,7 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     assert run(pipeline, data) == 0
     said, out, lines = capsys.readouterr(), Path("run"), metrics()
     assert "16 winners: 1.6 epochs of 10 rows of" in said.out, "the plan"
+    assert "1 unusable rows were replaced: 'picture 1': no readable picture: " in said.out
     assert "16/16" in said.err and "winner/s" in said.err, "the bar counts winners"
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
     assert {*LOGGED} == {*lines[0]} and [name for name, value in lines[0].items() if value is None] == ["peak_gb"]
@@ -1024,20 +1039,23 @@ REFUSED = """--lr 0 => --lr must be positive
 --sampler-steps 1000 => 1000 noise levels
 --device cuda:99999999999 => must be cpu
 --model x => does not go with --model x
---data nowhere => does not go with --model mini
+--data nowhere => does not go with --model mini: add --model
 --frames 4 => clips need --motion-adapter
 --model MODEL --data y --motion-adapter x --frames 1 --resolution 64 => --frames 2 or more
 --model no-such/model --data PAIRS --resolution 64 => --model no-such/model cannot be read
 --model EMPTY --data PAIRS --resolution 64 => empty cannot be read
 --model MODEL --data pickapic --resolution 64 => Pulkit996/pick-a-pic-v2
 --model MODEL --data no/such --resolution 64 => --data no/such cannot be read
---model MODEL --data EMPTY --resolution 64 => or captions
+--model MODEL --data EMPTY --resolution 64 => needs name.txt beside name.jpg, or Parquet
+--model MODEL --data ./nowhere --resolution 64 => ./nowhere: no such file or folder
+--model MODEL --data PAIRS --unet empty/run-1 --resolution 64 => empty/run-1: no such file or folder
+--model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --unet HEADLESS => has no middle block
 --model MODEL --data OUTSIDE --resolution 64 => outside the folder
 --model MODEL --data PAIRS --resolution 64 --unet ADAPTER => holds a MotionAdapter
 --model MODEL --data CLIPS --resolution 64 --motion-adapter MODEL => holds a UNet2DConditionModel
 --model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --frames 9 => too many for this motion adapter
 --model MODEL --data CLIPS --resolution 64 --motion-adapter ADAPTER --frames 4 --method dpo => clips (no pairs)
---model MODEL --data EMPTY --resolution 64 --method dpo => --loser data needs it
+--model MODEL --data EMPTY --resolution 64 --method dpo => or Parquet
 --model MODEL --data PAIRS --resolution 64 --out FILE => cannot be written
 --model MODEL --data PAIRS --resolution 64 --out OTHER => choose another"""
 
@@ -1050,7 +1068,11 @@ def test_refusals(pipeline, adapter, pairs, clips, case, capsys):
     Path("other/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     Path("file").write_text("")
     places = {"MODEL": pipeline, "PAIRS": pairs, "ADAPTER": adapter, "CLIPS": clips, "EMPTY": "empty"}
-    places |= {"OUTSIDE": "outside", "FILE": "file/run", "OTHER": "other"}
+    places |= {"OUTSIDE": "outside", "FILE": "file/run", "OTHER": "other", "HEADLESS": "headless"}
+    if "HEADLESS" in case:
+        UNet2DConditionModel.from_config(load(pipeline / "unet").config | {"mid_block_type": None}).save_pretrained(
+            "headless"
+        )
     argv, says = case.split(" => ")
     assert seppo.main(["--device", "cpu", *(str(places.get(word, word)) for word in argv.split())]) == 2
     err = capsys.readouterr().err
@@ -1071,12 +1093,25 @@ def test_broken_metadata(pipeline, tmp_path, table, capsys):
     assert str(first) in err and "not the keys file_name and text" in err and err.count("\n") == 1
 
 
+def test_a_slip_in_metadata_is_named(pipeline, tmp_path, capsys):
+    """By its line; a picture that is not there by its whole path."""
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": f"{i}"}) for i in range(3)]
+    for text in ("\n".join([*lines[:2], "", lines[2][:-1]]), "[\n" + "\n".join([f"{line}," for line in lines]) + "]"):
+        pictures(tmp_path / "a", "0.jpg").joinpath("metadata.jsonl").write_text(text)
+        assert run(pipeline, tmp_path / "a") == 2 and "a/metadata.jsonl, line 4: " in capsys.readouterr().err
+    table = pictures(tmp_path / "b", "train/0.jpg") / "train/metadata.jsonl"
+    table.write_text(json.dumps({"file_name": "train/0.jpg", "text": "a"}))
+    assert run(pipeline, tmp_path / "b") == 2 and f"{tmp_path}/b/train/train/0.jpg" in capsys.readouterr().err
+
+
 BROKEN = {
     "lacks Pick-a-Pic's column label_0": dict(label_0=None),
     "100 rows in a row": dict(jpg_0=[b"x"] * 8, jpg_1=[b"x"] * 8),
-    "the last: no readable": dict(label_0=[math.nan] * 8),
-    "the last: no caption": dict(caption=[None] * 8),
-    "rows in a row are of no use": dict(label_0=[0.5] * 8),
+    "label_0 is nan, label_1 is ": dict(label_0=[math.nan] * 8),
+    "label_0 is 0.7": dict(label_0=[0.7] * 8),
+    "the last: None: no caption": dict(caption=[None] * 8),
+    "its row group holds only ties": dict(label_0=[0.5] * 8),
+    "jpg_0 or jpg_1 has no bytes": dict.fromkeys(("jpg_0", "jpg_1"), [{"bytes": None, "path": "a.jpg"}] * 8),
     "no readable picture": dict(jpg_0=[str(HERE / "LICENSE")] * 8, jpg_1=["x"] * 8),
     "could not convert string": dict(label_0=[{"a": 1}] * 8),
     "x.parquet cannot be read": b"PAR1" + bytes(500) + b"PAR1",
@@ -1108,7 +1143,7 @@ def test_names_and_spellings():
     names = [str(seppo.parse_args(argv.split()).out) for argv in given]
     assert names == [f"runs/mini-{name}" for name in "seppo seppo-seed-1 seppo-lr-1e-05 sft seppo-flip-none".split()]
     argv = "--pretrained_model_name_or_path m --dataset_name=d --learning_rate 1 --max_train_steps 9 --output_dir o"
-    o = seppo.parse_args([*argv.split(), "--mixed_precision", "fp32", "--num_inference_steps", "3"])
+    o = seppo.parse_args([*argv.split(), "--mixed_precision", "no", "--num_inference_steps", "3"])
     assert (o.model, o.data, o.lr, o.steps, o.out, o.dtype) == ("m", "d", 1.0, 9, Path("o"), "fp32")
     assert (o.beta, o.save_every, o.batch_size, o.guidance, o.caption_dropout) == (2000, 30, 2048, 7.5, 0.2)
     o = seppo.parse_args(["--model", "m", "--data", "d", "--motion-adapter", "a", "--device", "cpu"])
@@ -1375,7 +1410,7 @@ REFUSED = (
     "--scorers clip,beauty: there are pickscore|--scorers mini: for --model mini|--scorer-weights no: is no folder|"
     "--scorer-weights flat: a folder for each repository|--unet x=no: --unet x=no cannot be read|--unet a=: say where|"
     "--unet a=bare a=wide: a name of its own|--unet a=wide: another shape|--unet a=nan: not finite|"
-    "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts object.json: holds no list|"
+    "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts object.json: entry 1 has no prompt|--prompts torn.jsonl: torn.jsonl, line 3: Expecting ',' delimiter|"
     "--prompts null.jsonl: entry 2 has no prompt|--model no: --model no cannot be read|--max-prompts 0: positive|"
     "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: clips need --motion-adapter|"
     "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: seppo.py --model mini makes one|"
@@ -1387,7 +1422,14 @@ REFUSED = (
 def test_evaluation_refusals(evaluate, pipeline, case, capsys):
     argv, _, says = case.partition(": ")
     Path("flat").mkdir()
-    files = {"empty.txt": " ", "object.json": "{}", "null.jsonl": '"a"\nnull', "p.csv": "a", "flat/config.json": "{}"}
+    files = {
+        "torn.jsonl": '"a"\n\n{"prompt": "a 5" disc"}\n"b"',
+        "empty.txt": " ",
+        "object.json": "{}",
+        "null.jsonl": '"a"\nnull',
+        "p.csv": "a",
+        "flat/config.json": "{}",
+    }
     [Path(name).write_text(text) for name, text in files.items()]
     other_unet("bare", pipeline), other_unet("nan", pipeline, math.nan)
     wide = UNet2DConditionModel.load_config("bare") | {"cross_attention_dim": 32}
