@@ -678,6 +678,9 @@ def run(argv=None):
     prompts, missing = read_prompts(o.prompts)[: o.max_prompts], {}
     known = o.model not in seppo.MINI or {*prompts} <= {*seppo.CAPTIONS}
     need(known, f"--prompts {o.prompts}: the miniature knows its own captions only")
+    unets = find_unets(o)
+    fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
+    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))
     for name in o.scorers:  # check before hours of sampling
         print(f"loading {SCORERS[name][0]}")
         try:
@@ -686,9 +689,6 @@ def run(argv=None):
             missing[name] = f"{error}"
     said = "no scorer can be loaded (--scorers none makes the pictures only): " + "; ".join(missing.values())
     need(len(missing) < len(o.scorers) or not o.scorers, said)
-    unets = find_unets(o)
-    fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
-    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))
     settings = solver_settings(o, codec)
     batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)]
     files = generate(o, unets | {"base": None}, base, codec, prompts, batches)

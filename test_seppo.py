@@ -345,13 +345,8 @@ def test_a_split_is_meant_only_beside_other_splits(tmp_path, capsys):
 
 
 def test_captions_are_read_or_counted_never_garbage(tmp_path):
-    said = dict(
-        a=b"\xef\xbb\xbfcaf\xc3\xa9",
-        b="caf\xe9".encode("utf-16"),
-        c="caf\xe9".encode("cp1252"),
-        d="\u5915".encode("sjis"),
-    )
-    said |= dict(e="caf".encode("utf-16-le"), f="caf".encode("utf-32"), g=b"\xff\xfea")
+    said = dict(a=b"\xef\xbb\xbfcaf\xc3\xa9", b="caf\xe9".encode("utf-16"), c="caf\xe9".encode("cp1252"))
+    said |= dict(d="\u5915".encode("sjis"), e="caf".encode("utf-16-le"), f="caf".encode("utf-32"), g=b"\xff\xfea")
     rows = rows_of(pictures(tmp_path / "p", "a.jpg b.jpg c.jpg d.jpg e.jpg f.jpg g.jpg", **said), 20)
     assert {row[1] for row in rows} == {"caf\xe9"} and sum(row[-1] for row in rows) >= 10
 
@@ -766,9 +761,8 @@ def test_unet_option(pipeline, pairs, capsys):
         shutil.rmtree("next")
     other = dict(load(pipeline / "unet").config) | {"cross_attention_dim": 32}
     UNet2DConditionModel.from_config(other).save_pretrained("wide")
-    assert (
-        run(pipeline, pairs, "--unet", "wide", "--out", "x") == 2 and "UNet takes (4, 32)" in capsys.readouterr().err
-    )
+    assert run(pipeline, pairs, "--unet", "wide", "--out", "x") == 2
+    assert "UNet takes (4, 32)" in capsys.readouterr().err
 
 
 def test_which_weights(pipeline, pairs, capsys):
@@ -876,6 +870,15 @@ def test_clips(clips):
     assert chosen("gif.gif", 9) == [*range(9)]
     film = seppo.to_pixels(clips / "film.mp4", o(4))
     assert torch.equal(seppo.to_pixels(clips / "film.mp4", o(4), flip=True), mirrored(film))
+    data, turns = (clips / "film.mp4").read_bytes(), dict(vflip=(1, 0, 0, 0, -1), hflip=(-1, 0, 0, 0, 1))
+    turns |= dict(transpose=(0, 1, 0, 1, 0), rot180=(-1, 0, 0, 0, -1), rot90=(0, 1, 0, -1, 0))
+    shown = dict(vflip=film.flip(-2), hflip=film.flip(-1), transpose=film.mT, rot180=film.flip(-1, -2))
+    for name, picture in (shown | dict(rot90=film.mT.flip(-1))).items():  # as every player shows it
+        at, matrix = data.find(b"tkhd") + 44, b"".join((v << 16).to_bytes(4, "big", signed=True) for v in turns[name])
+        (clips / "turned.mp4").write_bytes(data[:at] + matrix + data[at + len(matrix) :])
+        assert (seppo.to_pixels(clips / "turned.mp4", o(4)) - picture).abs().max() < 0.02, name
+    with pytest.raises(ValueError, match="2 frames, --frames is 4"):
+        seppo.to_pixels(clips / "short.mp4", o(4))
     fetched = rows_of(clips, 30, "--motion-adapter", "y", "--frames", 4)
     assert {row[1] for row in fetched} == {"a film", "a old", "a gif"} and sum(row[-1] for row in fetched) >= 10
 
@@ -981,9 +984,7 @@ def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline,
     for row in drawn()[0]:
         pixels[row["model"]].append(255 * evaluation.to_tensor(Image.open(Path("out", row["file"]))))
     apart = lambda a, b: (torch.stack(pixels[a]) - torch.stack(pixels[b])).abs().max()
-    assert max(apart(name, "of-alpha") for name in [*pixels][1:7]) < 1.01 > apart("dora", "of-dora"), (
-        "but for rounding"
-    )
+    assert max(apart(name, "of-alpha") for name in [*pixels][1:7]) < 1.01 > apart("dora", "of-dora")
     assert min(apart("alpha", "base"), apart("dora", "base"), apart("alpha", "dora")) > 5
     changed = lambda a, b, state: {name.replace(a, b): p.clone() for name, p in state.items()}
     n, scales = len(state), changed("alpha", "dora_scale", {name: p for name, p in kohya.items() if "alpha" in name})
@@ -1069,10 +1070,8 @@ def test_refusals(pipeline, adapter, pairs, clips, case, capsys):
     Path("file").write_text("")
     places = {"MODEL": pipeline, "PAIRS": pairs, "ADAPTER": adapter, "CLIPS": clips, "EMPTY": "empty"}
     places |= {"OUTSIDE": "outside", "FILE": "file/run", "OTHER": "other", "HEADLESS": "headless"}
-    if "HEADLESS" in case:
-        UNet2DConditionModel.from_config(load(pipeline / "unet").config | {"mid_block_type": None}).save_pretrained(
-            "headless"
-        )
+    config = load(pipeline / "unet").config | {"mid_block_type": None}
+    UNet2DConditionModel.from_config(config).save_pretrained("headless")
     argv, says = case.split(" => ")
     assert seppo.main(["--device", "cpu", *(str(places.get(word, word)) for word in argv.split())]) == 2
     err = capsys.readouterr().err
@@ -1332,8 +1331,11 @@ def drawn(folder="out"):
 def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     for folder, size in (("run/checkpoint-2/unet", 0.05), ("run/checkpoint-10/unet", 0.1), ("bare", 0.2)):
         other_unet(folder, pipeline, size)
+    config = {"options": {"model": "elsewhere"}, "sampler": {"prediction_type": "epsilon"}}
+    Path("run/config.json").write_text(json.dumps(config))
     assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare") == 0
     said, bars = capsys.readouterr()
+    assert said.count("was trained from elsewhere, but --model is ") == 2
     assert Path("out/table.md").read_text() in said + "\n" and "bare: pictures: 100%" in bars and "3/3" in bars
     (rows, pictures), models = drawn(), ["base", "ours", "run-checkpoint-2", "bare"]
     assert [(row["model"], row["index"]) for row in rows] == [(model, i) for model in models for i in range(7)]
@@ -1352,12 +1354,22 @@ def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     assert cell.tobytes() == picture.tobytes()
 
 
-def test_evaluation_edges(pipeline, evaluate, scorer_weights, capsys):
+def test_evaluation_edges(pipeline, evaluate, scorer_weights, monkeypatch, capsys):
     """What is missing is found before the pictures; what is equal ties; what is broken is named."""
     shutil.copytree(scorer_weights / evaluation.L14, Path("some", evaluation.L14))
     some = ("--scorer-weights", "some", "--scorers")
     assert evaluate(*some, "pickscore,hpsv2") == 2 and not [*Path("out/pictures").iterdir()]
-    assert "PickScore needs yuvalkirstain/PickScore_v1: config.json; HPSv2 needs" in capsys.readouterr().err
+    assert "PickScore needs yuvalkirstain/PickScore_v1: config.json, not in some; HPSv2" in capsys.readouterr().err
+    os.truncate(shutil.copytree("some", "torn") / Path(evaluation.L14, "model.safetensors"), 9999)
+    assert evaluate("--scorer-weights", "torn", "--scorers", "clip") == 2 and not [*Path("out/pictures").iterdir()]
+    assert evaluate("--scorers", "none", "--resolution", 128, "--out", "bare") == 0 and Path("bare/grid.png").exists()
+    assert "was made at 64 pixels, --resolution is 128" in capsys.readouterr().out and len(drawn("bare")[1]) == 7
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *_, local_files_only: asked.append(local_files_only)
+    )
+    pytest.raises(seppo.UserError, evaluation.find_files, "clip")
+    assert asked == [True], "there is no network: only the cache is searched"
     assert evaluate(*some, "clip,pickscore", "--unet", f"same={pipeline}/unet", "--seed", -7) == 0
     said = capsys.readouterr().out
     assert "PickScore is missing: PickScore needs" in said and "| 50.0 % [" in said and "missing |" in said
@@ -1404,13 +1416,18 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
         assert len(calls) == bool(setting), "a subset needs no new picture; another setting does"
     other_unet("other", pipeline, 0.2)
     assert evaluate("--unet", "x=other") == 0 and len(calls) == 1 + 3, "other weights under the same name"
+    words = shutil.copytree(pipeline, Path("words")) / "tokenizer/tokenizer.json"
+    for text, new in ((words.read_text(), 0), (words.read_text().replace('"p":', '"P":'), 3)):
+        words.write_text(text)
+        assert evaluate("--model", "words") == 0 and len(calls) == 1 + 3 + new, "other tokens of the same prompts"
 
 
 REFUSED = (
     "--scorers clip,beauty: there are pickscore|--scorers mini: for --model mini|--scorer-weights no: is no folder|"
     "--scorer-weights flat: a folder for each repository|--unet x=no: --unet x=no cannot be read|--unet a=: say where|"
     "--unet a=bare a=wide: a name of its own|--unet a=wide: another shape|--unet a=nan: not finite|"
-    "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts object.json: entry 1 has no prompt|--prompts torn.jsonl: torn.jsonl, line 3: Expecting ',' delimiter|"
+    "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts p.json: entry 1 has no prompt|"
+    "--prompts torn.jsonl: torn.jsonl, line 3: Expecting ',' delimiter|--unet a=old: predicts v_prediction|"
     "--prompts null.jsonl: entry 2 has no prompt|--model no: --model no cannot be read|--max-prompts 0: positive|"
     "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: clips need --motion-adapter|"
     "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: seppo.py --model mini makes one|"
@@ -1421,17 +1438,12 @@ REFUSED = (
 @pytest.mark.parametrize("case", REFUSED)
 def test_evaluation_refusals(evaluate, pipeline, case, capsys):
     argv, _, says = case.partition(": ")
-    Path("flat").mkdir()
-    files = {
-        "torn.jsonl": '"a"\n\n{"prompt": "a 5" disc"}\n"b"',
-        "empty.txt": " ",
-        "object.json": "{}",
-        "null.jsonl": '"a"\nnull',
-        "p.csv": "a",
-        "flat/config.json": "{}",
-    }
+    Path("flat").mkdir(), Path("old").mkdir()
+    files = {"torn.jsonl": '"a"\n\n{"prompt": "a 5" disc"}\n"b"', "empty.txt": " ", "p.json": "{}", "p.csv": "a"}
+    files |= {"null.jsonl": '"a"\nnull', "flat/config.json": "{}"}
+    files |= {"old/config.json": '{"options": {"model": "x"}, "sampler": {"prediction_type": "v_prediction"}}'}
     [Path(name).write_text(text) for name, text in files.items()]
-    other_unet("bare", pipeline), other_unet("nan", pipeline, math.nan)
+    other_unet("bare", pipeline), other_unet("nan", pipeline, math.nan), other_unet("old/unet", pipeline)
     wide = UNet2DConditionModel.load_config("bare") | {"cross_attention_dim": 32}
     UNet2DConditionModel.from_config(wide).save_pretrained("wide")
     levels = shutil.copytree(pipeline, Path("v")) / "scheduler/scheduler_config.json"
