@@ -373,7 +373,7 @@ def train(o):
                 save(o, trainer, data, update + 1, interval_ends)
                 saved = time.monotonic()
     if data.unusable:
-        print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
+        print(f"Replaced, as unusable, {len(data.unusable)}:", "; ".join([*data.unusable][:9]))
     print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
 
 
@@ -464,7 +464,7 @@ class Winners:
                 return position, caption, winner, loser, attempt - 1
             except ValueError as error:
                 name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
-                self.unusable[reason := f"{name}: {error}"] = True
+                self.unusable[reason := f"{name}: {str(error)[:200]}"] = True
             wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
         raise UserError(f"--data {self.source}: 100 rows in a row could not be used, the last: {reason}")
 
