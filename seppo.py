@@ -373,7 +373,7 @@ def train(o):
                 save(o, trainer, data, update + 1, interval_ends)
                 saved = time.monotonic()
     if data.unusable:
-        print(f"Replaced, as unusable, {len(data.unusable)}:", "; ".join([*data.unusable][:9]))
+        print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
 
 
@@ -560,8 +560,7 @@ def open_data(o):
     return Winners(o, o.data, [(len(rows), lambda: rows)])
 
 
-def files_below(folder):
-    """All files, sorted. Linked folders are followed, each folder once. Hidden files and runs are left out."""
+def files_below(folder):  # sorted, without hidden files and runs; linked folders are followed, each folder once
     files, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         is_run, real = "checkpoint-0" in folders and Path(where) != folder, os.path.realpath(where)
@@ -571,8 +570,7 @@ def files_below(folder):
     return sorted(file for file in files if file.is_file())
 
 
-def json_lines(path, text):
-    """The values of a JSON list, or of JSON lines. An error names the line."""
+def json_lines(path, text):  # the values of a JSON list, or of lines of JSON; an error names its line
     for i, part in enumerate([text] if text.lstrip()[:1] == "[" else [f"[{line}]" for line in text.split("\n")]):
         try:
             yield from json.loads(part)
@@ -605,7 +603,7 @@ def folder_rows(folder, endings):
     used = {file.with_suffix("") for _, file, _ in rows}  # 0.txt and 0.json beside 0.jpg count as used
     lost = [file for _, file in named if file.with_suffix("") not in used]
     lost += [file for file in files if file.suffix.lower() in endings and file.with_suffix("") not in used]
-    said = f"--data {folder}: {len(lost)} files unused, without caption or picture: {', '.join(map(str, lost[:3]))}"
+    said = f"--data {folder}: {len(lost)} files left out, without caption or picture: {', '.join(map(str, lost[:3]))}"
     need(rows or not (tables and lost), said)
     if lost:
         print(said)
@@ -942,10 +940,12 @@ def begin(o, data, trainer):
     o.micro_batch = o.micro_batch or choose_micro_batch(o, 0.9 * gpu - static - 3.5)
     winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
     saved = trains if o.part != "unet" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
+    disk, free = 6 * trains + checkpoints * saved, shutil.disk_usage(o.out).free / 1e9
     print(
         f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}, micro-batches"
         f" of {o.micro_batch}, on {o.world} x {o.device}. {250 * trains:.1f} M weights train. {static:.3g} GB memory"
-        f" and activations; {6 * trains + checkpoints * saved:.3g} GB of disk, {checkpoints} checkpoints"
+        f" and activations. {checkpoints} checkpoints and the state to resume from take {disk:.3g} GB of disk,"
+        f" {'MORE than' if disk > free else 'of'} the {free:.3g} GB that are free"
     )
 
 

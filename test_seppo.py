@@ -310,11 +310,11 @@ def test_picture_folders(tmp_path, capsys):
     (folder / "old/config.json").write_text("{}")
     write_parquet(folder / "scores.parquet", {"score": [1.0]})
     assert captions_of(folder) == {"caption 0", "caption 1", "caption 2", "caption 3"}
-    assert f"3 files unused, without caption or picture: {folder}/6.avif, " in capsys.readouterr().out
+    assert f"3 files left out, without caption or picture: {folder}/6.avif, " in capsys.readouterr().out
     lines = [{"file_name": f"{i}.jpg", "text": f"line {i}"} for i in (0, 3)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert captions_of(folder) == {"line 0"}, "3.jpg is not there"
-    assert f"5 files unused, without caption or picture: {folder}/3.jpg, " in capsys.readouterr().out
+    assert f"5 files left out, without caption or picture: {folder}/3.jpg, " in capsys.readouterr().out
     (folder / "metadata.jsonl").rename(folder / "deep/metadata.jsonl")
     shutil.copy(folder / "0.jpg", folder / "deep/train.jpg")
     (folder / "deep/metadata.jsonl").write_text(json.dumps([{"file_name": "train.jpg", "text": "a list"}]))
@@ -448,8 +448,8 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     data = write_parquet(tmp_path / "pairs.parquet", rows)
     assert run(pipeline, data) == 0
     said, out, lines = capsys.readouterr(), Path("run"), metrics()
-    assert "16 winners: 1.6 epochs of 10 rows of" in said.out, "the plan"
-    assert "Replaced, as unusable, 1: 'picture 1': no readable picture: " in said.out
+    assert re.search("16 winners: 1.6 epochs of 10 rows of .* GB of disk, of the .* GB that are free", said.out)
+    assert "1 unusable rows were replaced: 'picture 1': no readable picture: " in said.out
     assert "16/16" in said.err and "winner/s" in said.err, "the bar counts winners"
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
     assert {*LOGGED} == {*lines[0]} and [name for name, value in lines[0].items() if value is None] == ["peak_gb"]
