@@ -444,8 +444,8 @@ def last_run(model):  # the folder in runs/ where it was trained last
 
 
 def fuse_lora(base, file):
-    """A copy of the base with a LoRA fused in, at the strength that pipe.load_lora_weights gives. A LoRA
-    with weights that the UNet does not take is refused: fused in part, it would be another model."""
+    """A copy of the base with a LoRA fused in, at the strength that pipe.load_lora_weights gives it. A LoRA with
+    weights that the UNet does not take is refused: scored without them, it would be another model."""
     with safe_open(file, "pt") as weights:
         names = {name for name in weights.keys() if not name.endswith(".alpha")}
     unet, read = copy.deepcopy(base), StableDiffusionPipeline.lora_state_dict
@@ -461,8 +461,8 @@ def fuse_lora(base, file):
 
 
 def load_checked(name, where, base, kind):
-    """The UNet that stands beside the base, of the same shape and `kind` of prediction; of clips it may have its own
-    motion modules only. Without `where` it is the base. Raises UserError."""
+    """Loads a UNet and checks that it has the base's shape and `kind` of prediction. For video it may be motion
+    modules only. Without `where` it is the base. Raises UserError."""
     if where is None:
         return base
     spec, advice = f"--unet {name}={where}", "it takes runs, checkpoints, UNets, LoRAs and hub ids"

@@ -417,7 +417,7 @@ def draws(seed, positions, shape, timesteps, dropout):
 class Winners:
     """The rows by position. They come in groups that are read whole; per epoch groups are shuffled, and rows in each.
     One without caption or picture is replaced by another, and counted. groups: [(n, read)], where read() -> n rows:
-    (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels."""
+    (caption, winner, loser or None), or None instead of a tie. A picture is bytes, a path, pixels, or why not."""
 
     def __init__(self, o, source, groups):
         self.o, self.source, self.groups, self.total, self.unusable, self.lock = o, source, [], 0, {}, threading.Lock()
@@ -491,10 +491,10 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4
 
 
 def to_pixels(picture, o, flip=False, start=0.0):
-    """Bytes or a path -> (3, R, R) in [-1, 1], of a video (3, F, R, R); tensors pass through. Otherwise ValueError."""
+    """Bytes or a path -> (3, R, R) in [-1, 1], a video (3, F, R, R). Tensors pass through. ValueError otherwise."""
     if not isinstance(picture, torch.Tensor):
         try:
-            need(not isinstance(picture, str), picture)
+            need(not isinstance(picture, str), picture)  # text says why there is no picture
             need(not isinstance(picture, Path) or picture.is_file(), "no file")  # a pipe would block
             pictures = read_clip(picture, o.frames, start) if o.frames else [read_picture(picture)]
             fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
@@ -643,7 +643,7 @@ def parquet_groups(name):
             labels = {name: math.nan if v is None else v for name, v in row.items() if name[:6] == "label_"}
             label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels.values())
             winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))
-            found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # in the place of a picture: to_pixels
+            found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # said if there is no winner
             rows.append(None if label == 0.5 else (row["caption"], row.get(winner, found), row.get(loser)))
         return rows
 
@@ -663,7 +663,7 @@ def of_train(source, names):
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or a diffusers folder (from_single_file makes one; fuse a LoRA first); --unet takes runs"
+FOLDER_OR_ID = "give a hub id or folder (from_single_file, save_pretrained; fuse a LoRA first); --unet takes runs"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
