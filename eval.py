@@ -294,9 +294,7 @@ def find_files(name, folder=None):
                 found.append(path)
                 break
         else:
-            raise UserError(
-                f"{SCORERS[name][0]} needs {repository}: {files[0]}{'' if folder or is_online() else ' (offline)'}"
-            )
+            raise UserError(f"{SCORERS[name][0]} needs {repository}: {files[0]}, not in {folder or 'cache or hub'}")
     return found
 
 
@@ -446,8 +444,8 @@ def last_run(model):  # the folder in runs/ where it was trained last
 
 
 def fuse_lora(base, file):
-    """A copy of the base with a LoRA fused in, at the strength that pipe.load_lora_weights gives. A LoRA
-    with weights that the UNet does not take is refused: fused in part, it would be another model."""
+    """A copy of the base with a LoRA fused in, at the strength that pipe.load_lora_weights gives it. A LoRA with
+    weights that the UNet does not take is refused: scored without them, it would be another model."""
     with safe_open(file, "pt") as weights:
         names = {name for name in weights.keys() if not name.endswith(".alpha")}
     unet, read = copy.deepcopy(base), StableDiffusionPipeline.lora_state_dict
@@ -463,8 +461,8 @@ def fuse_lora(base, file):
 
 
 def load_checked(name, where, base, kind):
-    """The UNet that stands beside the base, of the same shape and `kind` of prediction; of clips it may have its own
-    motion modules only. Without `where` it is the base. Raises UserError."""
+    """Loads a UNet and checks that it has the base's shape and `kind` of prediction. For video it may be motion
+    modules only. Without `where` it is the base. Raises UserError."""
     if where is None:
         return base
     spec, advice = f"--unet {name}={where}", "it takes runs, checkpoints, UNets, LoRAs and hub ids"
@@ -680,6 +678,9 @@ def run(argv=None):
     prompts, missing = read_prompts(o.prompts)[: o.max_prompts], {}
     known = o.model not in seppo.MINI or {*prompts} <= {*seppo.CAPTIONS}
     need(known, f"--prompts {o.prompts}: the miniature knows its own captions only")
+    unets = find_unets(o)
+    fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
+    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))
     for name in o.scorers:  # check before hours of sampling
         print(f"loading {SCORERS[name][0]}")
         try:
@@ -688,9 +689,6 @@ def run(argv=None):
             missing[name] = f"{error}"
     said = "no scorer can be loaded (--scorers none makes the pictures only): " + "; ".join(missing.values())
     need(len(missing) < len(o.scorers) or not o.scorers, said)
-    unets = find_unets(o)
-    fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
-    base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))
     settings = solver_settings(o, codec)
     batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)]
     files = generate(o, unets | {"base": None}, base, codec, prompts, batches)

@@ -444,7 +444,7 @@ def draws(seed, positions, shape, timesteps, dropout):
 class Winners:
     """The rows by position. They come in groups that are read whole; per epoch groups are shuffled, and rows in each.
     One without caption or picture is replaced by another, and counted. groups: [(n, read)], where read() -> n rows:
-    (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels."""
+    (caption, winner, loser or None), or None instead of a tie. A picture is bytes, a path, pixels, or why not."""
 
     def __init__(self, o, source, groups):
         self.o, self.source, self.groups, self.total, self.unusable, self.lock = o, source, [], 0, {}, threading.Lock()
@@ -491,7 +491,7 @@ class Winners:
                 return position, caption, winner, loser, attempt - 1
             except ValueError as error:
                 name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
-                self.unusable[reason := f"{name}: {error}"] = True
+                self.unusable[reason := f"{name}: {str(error)[:200]}"] = True
             wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
         raise UserError(f"--data {self.source}: 100 rows in a row could not be used, the last: {reason}")
 
@@ -518,10 +518,10 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4
 
 
 def to_pixels(picture, o, flip=False, start=0.0):
-    """Bytes or a path -> (3, R, R) in [-1, 1], of a video (3, F, R, R); tensors pass through. Otherwise ValueError."""
+    """Bytes or a path -> (3, R, R) in [-1, 1], a video (3, F, R, R). Tensors pass through. ValueError otherwise."""
     if not isinstance(picture, torch.Tensor):
         try:
-            need(not isinstance(picture, str), picture)
+            need(not isinstance(picture, str), picture)  # text says why there is no picture
             need(not isinstance(picture, Path) or picture.is_file(), "no file")  # a pipe would block
             pictures = read_clip(picture, o.frames, start) if o.frames else [read_picture(picture)]
             fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
@@ -590,8 +590,7 @@ def open_data(o):
     return Winners(o, o.data, [(len(rows), lambda: rows)])
 
 
-def files_below(folder):
-    """All files, sorted. Linked folders are followed, each folder once. Hidden files and runs are left out."""
+def files_below(folder):  # sorted, without hidden files and runs; linked folders are followed, each folder once
     files, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         is_run, real = "checkpoint-0" in folders and Path(where) != folder, os.path.realpath(where)
@@ -601,8 +600,7 @@ def files_below(folder):
     return sorted(file for file in files if file.is_file())
 
 
-def json_lines(path, text):
-    """The values of a JSON list, or of JSON lines. An error names the line."""
+def json_lines(path, text):  # the values of a JSON list, or of lines of JSON; an error names its line
     for i, part in enumerate([text] if text.lstrip()[:1] == "[" else [f"[{line}]" for line in text.split("\n")]):
         try:
             yield from json.loads(part)
@@ -635,7 +633,7 @@ def folder_rows(folder, endings):
     used = {file.with_suffix("") for _, file, _ in rows}  # 0.txt and 0.json beside 0.jpg count as used
     lost = [file for _, file in named if file.with_suffix("") not in used]
     lost += [file for file in files if file.suffix.lower() in endings and file.with_suffix("") not in used]
-    said = f"--data {folder}: {len(lost)} files unused, without caption or picture: {', '.join(map(str, lost[:3]))}"
+    said = f"--data {folder}: {len(lost)} files left out, without caption or picture: {', '.join(map(str, lost[:3]))}"
     need(rows or not (tables and lost), said)
     if lost:
         print(said)
@@ -659,7 +657,7 @@ def parquet_groups(name):
             root = f"datasets/{source}"
             system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks read what nobody asked for
         names = of_train(source, [file for file in names if file.endswith(".parquet")])
-        need(names or os.path.isfile(name), f"--data {source} has no name.txt beside name.jpg, and no Parquet")
+        need(names or os.path.isfile(name), f"--data {source} needs name.txt beside name.jpg, or Parquet")
         files = [f"{root}/{file}" for file in names] or [name]
         files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
@@ -675,7 +673,7 @@ def parquet_groups(name):
             labels = {name: math.nan if v is None else v for name, v in row.items() if name[:6] == "label_"}
             label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels.values())
             winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))
-            found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # in the place of a picture: to_pixels
+            found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # said if there is no winner
             rows.append(None if label == 0.5 else (row["caption"], row.get(winner, found), row.get(loser)))
         return rows
 
@@ -695,7 +693,7 @@ def of_train(source, names):
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or a diffusers folder (from_single_file makes one; fuse a LoRA first); --unet takes runs"
+FOLDER_OR_ID = "give a hub id or folder (from_single_file, save_pretrained; fuse a LoRA first); --unet takes runs"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -984,10 +982,12 @@ def begin(o, data, trainer):
     o.micro_batch = o.micro_batch or choose_micro_batch(o, 0.9 * gpu - static - 3.5)
     winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
     saved = trains if o.part != "unet" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
+    disk, free = 6 * trains + checkpoints * saved, shutil.disk_usage(o.out).free / 1e9
     print(
         f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}, micro-batches"
         f" of {o.micro_batch}, on {o.world} x {o.device}. {250 * trains:.1f} M weights train. {static:.3g} GB memory"
-        f" and activations; {6 * trains + checkpoints * saved:.3g} GB of disk, {checkpoints} checkpoints"
+        f" and activations. {checkpoints} checkpoints and the state to resume from take {disk:.3g} GB of disk,"
+        f" {'MORE than' if disk > free else 'of'} the {free:.3g} GB that are free"
     )
 
 
