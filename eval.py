@@ -546,6 +546,7 @@ def score_pictures(o, files, prompts, batches, missing):
     """-> {model: {scorer: (N,) scores, or None for a missing one}}."""
     scores = {model: dict.fromkeys(o.scorers) for model in files}
     for name in [name for name in o.scorers if name not in missing]:
+        scorer = None  # the last scorer leaves the GPU before the next one is loaded
         scorer = load_scorer(name, o.scorer_weights, o.device, antialias=o.protocol != "paper")
         for model, paths in files.items():
             parts = []

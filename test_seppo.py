@@ -15,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may look for a hub
@@ -191,14 +193,17 @@ def test_objective_equals_a_plain_rewrite(flip):
     g = torch.Generator().manual_seed(0)
     errors = [torch.rand(64, generator=g, dtype=torch.float64) * 1e-3 for _ in range(4)]
     errors[0][:8] = errors[1][:8]  # neither is better
-    losses, details = seppo.seppo_loss(errors[0].requires_grad_(), *errors[1:], 2000.0, flip)
+    errors[0].requires_grad_()
+    named = lambda errors: dict(zip(("policy_w", "reference_w", "policy_r", "reference_r"), errors))
+    losses, details = seppo.seppo_loss(**named(errors), beta=2000.0, flip=flip)
     torch.testing.assert_close(losses.detach(), by_hand(*errors, 2000.0, flip), rtol=1e-12, atol=1e-15)
     assert not any(value.requires_grad for value in details.values())
-    single, details = seppo.seppo_loss(*(e.float() for e in errors), 2000.0, flip, sign=torch.zeros(64))
+    single, details = seppo.seppo_loss(**named([e.float() for e in errors]), flip=flip, sign=torch.zeros(64))
     assert single.dtype == torch.float32, "the loss must stay in the dtype of the errors"
     assert details["sign"].sum() == (64 if flip == "none" else 0), "what the anchor said earlier counts"
     torch.testing.assert_close(details["reward_w"], 1000 * (errors[1] - errors[0]).float())
-    pytest.raises(ValueError, seppo.seppo_loss, *errors, flip="flop")
+    pytest.raises(ValueError, seppo.seppo_loss, **named(errors), flip="flop")
+    pytest.raises(TypeError, seppo.seppo_loss, *errors)  # diffusers' order is another
 
 
 def test_reference_rule():
@@ -254,32 +259,76 @@ def test_parquet_order_ties_and_broken_rows(tmp_path):
     assert [row[1] for row in rows_of(tmp_path / "data", 20, "--seed", "1")] != captions[:20]
 
 
-def test_only_the_row_groups_asked_for_are_read():
+def test_a_row_group_is_read_once_and_ahead_of_its_use():
     read = []
     groups = [(10, lambda g=g: read.append(g) or [(f"{g} {i}", None, None) for i in range(10)]) for g in range(12)]
     data = seppo.Winners(options("y"), "y", groups)
     assert len({data.row(n)[0] for n in range(10)}) == 10 and len(read) == 1
     assert sorted(data.row(n)[0] for n in range(120)) == sorted(f"{g} {i}" for g in range(12) for i in range(10))
+    read.clear()
+    one = seppo.Winners(options("y"), "y", [(4, lambda: read.append(1) or [("a", jpeg(0), None)] * 4)])
+    assert len([*one.fetch(range(40), 8)]) == 40 and len(read) == 1, "ten epochs"
+    several = seppo.Winners(options("y"), "y", [(4, lambda: read.append(1) or [("a", jpeg(0), None)] * 4)] * 20)
+    rows = several.fetch(range(80), 1)
+    next(rows), time.sleep(0.3)
+    assert len(read) == 1 + 2, "the group of the next rows is there before they are asked for"
     few = seppo.Winners(options("y", "--max-winners", 25), "y", groups)
     taken = {few.row(n)[0] for n in range(100)}
     assert few.total == 25 and taken == {f"{g} {i}" for g in range(3) for i in range(10) if 10 * g + i < 25}
 
 
-def test_the_hub_is_read_by_row_groups(monkeypatch):
-    rows, folder, read = pickapic_rows(40), Path("hub/datasets/me/pairs@abc/data"), []
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub's data set me/pairs, of revision abc, with a file of another split."""
+    rows, folder = pickapic_rows(40), Path("hub/datasets/me/pairs@abc/data")
     rows |= {f"jpg_{side}": [encoded(Image.effect_noise((256, 256), 99), "PNG") for _ in range(40)] for side in (0, 1)}
     for split in ("train", "test"):
         write_parquet(folder / f"{split}-0.parquet", rows)
     files = [argparse.Namespace(rfilename=f"data/{name}") for name in ("test-0.parquet", "train-0.parquet", "card.md")]
     info = argparse.Namespace(sha="abc", siblings=files)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: argparse.Namespace(dataset_info=lambda *_, **__: info))
+    at = lambda _, revision, **__: argparse.Namespace(**vars(info) | {"sha": revision or info.sha})
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: argparse.Namespace(dataset_info=at))
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda **_: DirFileSystem("hub", LocalFileSystem()))
+    monkeypatch.setattr(seppo, "PAUSES", (0.01, 0.02))
+    info.down, read = 0, LocalFileOpener.read  # how often a row group cannot be read
+
+    def drop(self, n=-1):
+        info.down -= n > 100_000
+        if n > 100_000 and info.down >= 0:
+            raise type("ConnectError", (Exception,), {})("no route")  # as httpx derives its errors
+        return read(self, n)
+
+    monkeypatch.setattr(LocalFileOpener, "read", drop)
+    return info
+
+
+def test_a_run_waits_for_the_network_and_keeps_its_revision(hub, pipeline, monkeypatch, capsys):
+    assert run(pipeline, "me/pairs", "--out", "straight") == 0
+    with monkeypatch.context() as patch:
+        stopped_after(2, patch)
+        hub.down = 2
+        assert run(pipeline, "me/pairs") == 130 and "next attempt in 0.02 s" in capsys.readouterr().out
+    Path("hub/datasets/me/pairs@def").symlink_to("pairs@abc")
+    hub.sha, hub.down = "def", 99
+    assert run(pipeline, "me/pairs") == 2
+    said = capsys.readouterr()
+    assert said.out.count("ConnectError: no route") == 2 and "ConnectError: no route" in said.err.splitlines()[-1]
+    hub.down = 0
+    assert run(pipeline, "me/pairs") == 0 == run(pipeline, "me/pairs@abc")
+    assert same(weights("run/checkpoint-4/unet"), weights("straight/checkpoint-4/unet"))
+    assert run(pipeline, "me/pairs@def") == 2 and "source was me/pairs@abc, is me/pairs@def" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: 1 / 0)  # no error of files
+    assert run(pipeline, "me/pairs", "--out", "x") == 2 and "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_hub_is_read_by_row_groups(hub, monkeypatch):
+    read, folder = [], Path("hub/datasets/me/pairs@abc/data")
     monkeypatch.setattr(LocalFileOpener, "read", lambda self, n=-1: read.append(self.f.read(n)) or read[-1])
     data = seppo.open_data(options("me/pairs"))
     assert data.total == 40 and data.source == "me/pairs@abc" and data[0][1].startswith("picture")
     share = sum(map(len, read)) / (folder / "train-0.parquet").stat().st_size
     assert 0.1 < share < 0.3, "a row group of ten, and the footer"
-    info.siblings = files[:1] * 2
+    hub.siblings = hub.siblings[:1] * 2
     pytest.raises(seppo.UserError, seppo.open_data, options("me/pairs"))
 
 
@@ -414,6 +463,14 @@ def test_an_odd_picture_is_a_picture(kind):
     assert replaced == 0 and pixels.shape == (3, 64, 64) and pixels.mean().item() == pytest.approx(0.57, abs=0.03)
 
 
+def test_pillow_stays_as_it_was():
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("parameters", "a cat")
+    assert Image.open(io.BytesIO(encoded(Image.new("L", (9, 9)), "PNG", pnginfo=notes))).text == {
+        "parameters": "a cat"
+    }
+
+
 def test_transparency_lies_on_white():
     palette = Image.new("P", (64, 64), 0)
     palette.info["transparency"] = 0
@@ -488,7 +545,8 @@ def cut_out(*names):
     return argparse.Namespace(**space)
 
 
-CUT = "seppo_loss choose_reference predict denoising_error batch_loss SOLVERS NOISE_LEVELS make_solver sample".split()
+CUT = "anchor_criterion seppo_loss choose_reference predict denoising_error batch_loss SOLVERS NOISE_LEVELS".split()
+CUT += ["make_solver", "sample"]
 
 
 RUNS = """--solver ddim --guidance 1 --sampler-steps 6; --reference latest --beta 300; --method spin --guidance 3;
@@ -636,13 +694,19 @@ def test_half_precision(pipeline, pairs, monkeypatch):
 
     def checked(self, rows):
         halves = {name: p.half() for name, p in self.reference.state_dict().items()}
-        seen.append(same(halves, self.half_copy.state_dict()))
+        shared = {id(p) for p in self.half_copy.parameters()} >= {
+            id(p) for net in (self.policy, self.reference) for p in net.parameters() if p.dtype == torch.float16
+        }
+        seen.append(shared and same(halves, self.half_copy.state_dict()))
         gradient(self, rows)
 
     argv = ["--reference", "latest", "--save-every", 1, "--steps", 3, "--beta", 20]
     assert run(pipeline, pairs, *argv, "--out", "full") == 0
     monkeypatch.setattr(seppo.Trainer, "gradient", checked)
     assert run(pipeline, pairs, *argv, "--dtype", "fp16") == 0 and seen == [True] * 3
+    assert (
+        run(pipeline, pairs, *argv, "--dtype", "fp16", "--lora-rank", 2, "--out", "lora") == 0 and seen == [True] * 6
+    )
     for half, full in zip(metrics(), metrics("full")):
         assert half["sign_zero"] == 1 and half["loss"] == pytest.approx(math.log(2), abs=1e-6), "reference is policy"
         assert half["policy_w"] == pytest.approx(full["policy_w"], rel=0.01)
@@ -672,6 +736,10 @@ def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeyp
     bad, calls[:] = lambda at: True, []
     assert run(pipeline, pairs, *argv, "--out", "bad") == 2
     assert "three updates in a row" in capsys.readouterr().err and len(metrics("bad")) == 2
+    bad = lambda at: at == 2 + call
+    calls.clear()
+    assert run(pipeline, pairs, *argv, "--steps", 2, "--out", "last") == 2, "two updates are a try of a card"
+    assert "the last update was skipped" in capsys.readouterr().err
 
 
 def test_numeric_path_is_checked(pipeline, pairs, monkeypatch, capsys):
@@ -686,6 +754,10 @@ def test_numeric_path_is_checked(pipeline, pairs, monkeypatch, capsys):
 def test_resume_is_bit_equal(pipeline, pairs, monkeypatch, capsys):
     """Ctrl-C in an update, at a checkpoint or between two; a state that is never older than SAVE_SECONDS."""
     assert run(pipeline, pairs, "--out", "straight") == 0
+    with monkeypatch.context() as patch:
+        stopped_after(0, patch)
+        assert run(pipeline, pairs, "--out", "begun") == 130
+    assert capsys.readouterr().err.endswith("\nseppo.py: interrupted; the same command continues\n"), "its own line"
     for out, seconds, first in (("run", 600, 2), ("young", 0, 3)):
         with monkeypatch.context() as patch:
             patch.setattr(seppo, "SAVE_SECONDS", seconds)
@@ -695,9 +767,38 @@ def test_resume_is_bit_equal(pipeline, pairs, monkeypatch, capsys):
         assert len(metrics(out)) == 3 and not Path(out, "checkpoint-4").exists()
         done = json.loads(safe_open(f"{out}/resume.safetensors", "pt").metadata()["progress"])["update"]
         assert done == first, "no more is done again than must be"
+        Path(out, "samples/step-0.png").write_bytes(b"torn")
         assert run(pipeline, pairs, "--out", out) == 0
+        assert Image.open(f"{out}/samples/step-4.png").height == 96, "drawn without the base's row"
         assert same(weights(f"{out}/checkpoint-4/unet"), weights("straight/checkpoint-4/unet"))
         assert without_clocks(metrics(out)) == without_clocks(metrics("straight")), "as if nothing had happened"
+
+
+def test_a_state_of_another_run_is_refused(pipeline, pairs, capsys):
+    """And what was trained stays."""
+    argv, path = ["--lora-rank", 4], Path("run/resume.safetensors")
+    for out, more in (("run", argv), ("other", [*argv, "--seed", 1]), ("small", ["--lora-rank", 1])):
+        assert run(pipeline, pairs, *more, "--out", out) == 0
+    lines, state = metrics(), load_file(path)
+    late = json.loads(safe_open(path, "pt").metadata()["progress"]) | {"update": 99}
+    changes = {
+        "has another shape": lambda: shutil.copy("small/resume.safetensors", path),
+        "is of another run": lambda: shutil.copy("other/resume.safetensors", path),
+        "resume.safetensors is of": lambda: save_file(state, path, {"progress": json.dumps(late)}),
+        "TypeError": lambda: save_file(state, path),
+        "is missing": lambda: path.unlink() or shutil.rmtree("run/checkpoint-4"),
+    }
+    for says, change in changes.items():
+        change()
+        assert run(pipeline, pairs, *argv) == 2 and says in capsys.readouterr().err.splitlines()[-1], says
+        assert metrics() == lines and Path("run/checkpoint-2").is_dir()
+    config = json.loads(Path("other/config.json").read_text())
+    del config["options"]["solver"]  # an option that is younger than the run has its default
+    Path("other/resume.safetensors").unlink()  # a finished run needs none
+    for text, code in {"[]": 2, "null": 2, '{"options": null}': 2, json.dumps(config): 0}.items():
+        Path("other/config.json").write_text(text)
+        assert run(pipeline, pairs, *argv, "--seed", 1, "--out", "other") == code, text
+    assert "older than solver: the default" in capsys.readouterr().out and len(metrics("other")) == 4
 
 
 def test_a_pool_that_is_not_whole_is_named(pipeline, pairs, monkeypatch, capsys):
@@ -801,6 +902,24 @@ def test_micro_batch_from_the_memory():
         other = argparse.Namespace(**vars(o) | {name: value})
         assert seppo.choose_micro_batch(other, 53) == n, name
     assert seppo.choose_micro_batch(o, -19) == 1, "there is no GPU"
+    clips = argparse.Namespace(**vars(o) | dict(frames=16, gradient_checkpointing=True))
+    assert seppo.choose_micro_batch(clips, 141) == 4, "an attention kernel takes 65,535 sequences"
+
+
+@pytest.mark.parametrize("env", ["RANK=", "WORLD_SIZE=2", "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0", "SLURM_PROCID=1"])
+def test_a_broken_launcher_is_named(env, monkeypatch, capsys):
+    [monkeypatch.setenv(*pair.split("=")) for pair in env.split()]
+    assert seppo.main([]) == 2 and "start with torchrun" in capsys.readouterr().err
+
+
+def test_an_unusable_gpu_and_unprintable_names_are_said(pipeline, pairs, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: warnings.warn("the driver is too old") or False)
+    argv = ["--model", pipeline, "--data", pairs, *TINY[:-2], "--steps", 1, "--out", "\u8d70"]
+    assert seppo.main([*map(str, argv)]) == 0
+    console.seek(0)
+    assert "the driver is too old" in (said := console.read()) and "Done. \\u8d70" in said
 
 
 def test_moments_have_the_strides_of_the_weights(tmp_path):
@@ -1580,3 +1699,8 @@ def test_slow_two_processes_are_one(tmp_path, how):
     broken = pickapic_rows(16) | {"jpg_0": [b"x"] * 16, "jpg_1": [b"x"] * 16}
     done = process(*argv[:2], "--data", write_parquet(tmp_path / "x.parquet", broken), *argv[4:], torchrun=2)
     assert done.returncode != 0 and "100 rows in a row" in done.stderr
+    with open("run2/lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        said = process(*argv, "--out", "run2", torchrun=2).stderr
+    assert "another command works on run2" in said and "another process of this run has ended" in said
+    assert said.count("Traceback") == said.count("ChildFailedError"), "torchrun's own"
