@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers import DDPMScheduler, MotionAdapter, StableDiffusionPipeline, UNetMotionModel
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -269,8 +269,7 @@ FILES["imagereward"] = [(REWARD, "med_config.json"), (REWARD, "ImageReward.pt"),
 FILES["aesthetic"] += [(AESTHETIC, AESTHETIC_FILE)]
 
 
-@functools.lru_cache
-def is_online():  # asked once: without a network hf_hub_download tries for 20 seconds per file
+def is_online():  # asked first, as hf_hub_download tries for 20 seconds per file without a network
     with contextlib.suppress(Exception):
         return bool(huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT))
 
@@ -319,9 +318,8 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
         else:
             clip = seppo.load_whole(transformers.CLIPModel, config.parent, dtype=torch.float32)
             head = linear_chain(part(load_weights(*head), "layers.")) if head else None
-            crop, tidy = crop_pixels, clean
-            if name == "pickscore":  # as transformers does it all
-                crop, tidy = functools.partial(crop_pixels, half=math.floor), str
+            floored = functools.partial(crop_pixels, half=math.floor)  # PickScore follows transformers throughout
+            crop, tidy = (floored, str) if name == "pickscore" else (crop_pixels, clean)
             scorer = ClipScorer(clip, crop, tokenizer, 77, tidy, head=head)
         scorer = scorer.to(device).eval()
         scorer.score([Image.new("RGB", (224, 224))], ["a"])  # what does not fit together is said now
@@ -446,12 +444,14 @@ def last_run(model):  # the folder in runs/ where it was trained last
 def fuse_lora(base, file):
     """A copy of the base with a LoRA fused in, at the strength that pipe.load_lora_weights gives it. A LoRA with
     weights that the UNet does not take is refused: scored without them, it would be another model."""
-    with safe_open(file, "pt") as weights:
-        names = {name for name in weights.keys() if not name.endswith(".alpha")}
+    names = {name for name in load_file(file) if not name.endswith(".alpha")}
     unet, read = copy.deepcopy(base), StableDiffusionPipeline.lora_state_dict
     state, alphas, metadata = read(file, use_safetensors=True, return_lora_metadata=True)
     alphas = (alphas or {}) | {name: state.pop(name).item() for name in [*state] if name.endswith(".alpha")}
-    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
+    try:
+        unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
+    except TypeError as error:  # the file's header has options that this version of peft lacks
+        raise ValueError(str(error.__cause__ or error)) from None
     taken = {f"unet.{name.replace('.default_0.', '.')}" for name, _ in unet.named_parameters() if ".lora_" in name}
     left = f"{file}: this UNet takes {len(taken)} of its {len(names)} weights, see {min(names - taken, default=file)}"
     need(len(taken) == len(names), f"{left}: eval.py reads LoRAs of the UNet only, as diffusers or kohya-ss name them")

@@ -1077,11 +1077,10 @@ def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline,
     save_file(kohya, "kohya.safetensors"), save_file(state | alphas, "tensors.safetensors")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: {"me/lora": f"alpha/{file}"}[name])
     for names in (f"dora/{ADAPTERS}", f"alpha/{ADAPTERS} kohya.safetensors tensors.safetensors me/lora"):
-        name, *same = names.split()
         pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
-        pipe.load_lora_weights(".", weight_name=name)
+        pipe.load_lora_weights(".", weight_name=names.split()[0])
         pipe.fuse_lora(), pipe.unload_lora_weights()
-        for where in (name, *same):
+        for where in names.split():
             fused = evaluation.load_checked("x", where, base, "epsilon").state_dict()
             assert distance(fused, pipe.unet.state_dict()) < 1e-4 * distance(fused, base.state_dict()), where
     changed = lambda a, b, state: {name.replace(a, b): p.clone() for name, p in state.items()}
@@ -1089,9 +1088,10 @@ def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline,
     wrong = [(n, state | changed("unet", "text_encoder", state)), (0, changed("unet.", "", state))]
     for taken, tensors in [*wrong, (n, kohya | scales), (n // 2, changed("attn1", "attn3", state))]:
         save_file(tensors, "wrong.safetensors")
-        left = sum("alpha" not in name for name in tensors)
         assert evaluate("--unet", "wrong.safetensors") == 2
-        assert f"this UNet takes {taken} of its {left} weights" in capsys.readouterr().err
+        assert f"takes {taken} of its {sum('alpha' not in k for k in tensors)} weights" in capsys.readouterr().err
+    StableDiffusionPipeline.save_lora_weights("new", layers, unet_lora_adapter_metadata=config | {"invented": 1})
+    assert evaluate("--unet", "new") == 2 and "unexpected keyword argument 'invented'" in capsys.readouterr().err
 
 
 def test_lora_of_motion_modules(pipeline, adapter, clips, capsys):
