@@ -90,7 +90,7 @@ def measure(pixels):
     """What is measured on pictures of PROMPTS. gained: the score after the best scalar gain, where contrast alone wins
     nothing. distance: to preferred pictures of the same caption, the mean over captions."""
     score = lambda gain: seppo.mini_score((gain * pixels).clamp(-1, 1), PROMPTS).mean().item()
-    by_caption = zip(pixels.flatten(1).unflatten(0, (30, -1)).unbind(1), preferred_pictures(1))
+    by_caption = zip(pixels.flatten(1).unflatten(0, (-1, len(seppo.CAPTIONS))).unbind(1), preferred_pictures(1))
     found = dict(score=score(1), gained=max(map(score, torch.linspace(0.3, 3, 55))))
     found |= dict(shape=shape_accuracy(pixels, PROMPTS), clipped=(pixels.abs() >= 1).float().mean().item())
     return found | {"distance": mean(energy_distance(x, y.flatten(1)) for x, y in by_caption)}
