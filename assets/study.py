@@ -87,8 +87,7 @@ def preferred_pictures(seed):  # (n, 3, 16, 16) for each caption; the runs train
 
 
 def measure(pixels):
-    """What is measured on pictures of PROMPTS. gained: the score after the best scalar gain, where contrast alone wins
-    nothing. distance: to preferred pictures of the same caption, the mean over captions."""
+    """Pictures of PROMPTS -> what is measured on them, as explained at the top."""
     score = lambda gain: seppo.mini_score((gain * pixels).clamp(-1, 1), PROMPTS).mean().item()
     by_caption = zip(pixels.flatten(1).unflatten(0, (-1, len(seppo.CAPTIONS))).unbind(1), preferred_pictures(1))
     found = dict(score=score(1), gained=max(map(score, torch.linspace(0.3, 3, 55))))
@@ -109,11 +108,10 @@ def measure_net(folder):
 
 @torch.no_grad()
 def anchor_truth(run, rule, seed, n=256, many=16):
-    """What the sign -1 ("x^r is a second winner") is worth, where the truth is known. Rates over n winners and `many`
-    draws of (t, eps), within each pair of the run's checkpoints that the rule allows; then means over the pairs.
-    better: x^r scores above what the policy makes of the same noise. minus: the sign is -1. gain: by how much x^r is
-    better more often where it is -1; gain_many: the same for the mean error of all draws. agrees: mean error and mean
-    score find the same of the two models better."""
+    """What the sign -1 is worth where the truth is known: rates over n winners and `many` draws of (t, eps), as means
+    over the pairs of the run's checkpoints that the rule allows. better: x^r scores above the policy's picture of the
+    same noise. minus: the sign is -1. gain: how much more often than on average x^r is better where it is -1.
+    gain_many: the same for the mean error of all draws. agrees: mean error and mean score prefer the same model."""
     captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
     chance = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
@@ -185,8 +183,8 @@ def run_cell(world, variant, lr, beta, seed, truth=False):
         if code:  # counts as plain grey
             return measure(torch.zeros(len(PROMPTS), 3, 16, 16)) | {"sign_pos": 0.0}
         o, log = seppo.parse_args(argv), map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
-        signs = [update["sign_pos"] for update in log if update["sign_pos"] is not None] or [0.0]
-        line = measure_net(Path(folder, f"checkpoint-{o.steps}")) | {"sign_pos": mean(signs)}
+        line = {"sign_pos": mean(update["sign_pos"] or 0 for update in log)}
+        line |= measure_net(Path(folder, f"checkpoint-{o.steps}"))
         return line | (anchor_truth(Path(folder), o.reference, seed) if truth and o.flip != "none" else {})
 
 
@@ -265,7 +263,9 @@ class Study(dict):
     def choose(self, variant, world):  # the cell with the highest mean over itself and its neighbours in lr and beta
         tried, place = self.tried(variant, world), lambda lr, beta: (LR.index(lr), BETA.index(beta or BETA[0]))
         steps = lambda a, b: sum(abs(i - j) for i, j in zip(place(*a[2:4]), place(*b[2:4])))
-        return max(tried, key=lambda a: self.mean([b for b in tried if steps(a, b) <= 1]))[:4]
+        near = lambda a, most: [b for b in tried if steps(a, b) <= most]
+        outside = lambda a: 5 - len(near(a, 1)) // len(near(a, 0))  # neighbours that count like the cell itself
+        return max(tried, key=lambda a: self.mean(near(a, 1) + near(a, 0) * outside(a)))[:4]
 
     def fresh(self, variant, world):  # the chosen cell on fresh seeds, fewer for ablations
         if variant in ("base", "preferred"):
@@ -285,9 +285,8 @@ class Study(dict):
         yield "tuned sft", flat(self.fresh, ["sft"])
         yield "grid of the other methods", by_seed(flat(self.tried, [*METHODS][4:]))
         yield "tuned methods on fresh seeds", flat(self.fresh, METHODS), True
-        for world, lr, beta in CELLS:
-            runs = seeded([(world, form, lr, beta) for form in (*OWN, *FORMS)], FORM_SEEDS)
-            yield f"what the sign knows, {world}, lr {lr:g}, beta {beta:g}", runs
+        for world, *at in CELLS:
+            yield f"what the sign knows, {world} {at}", seeded([(world, f, *at) for f in (*OWN, *FORMS)], FORM_SEEDS)
         yield "best forms of the sign on fresh seeds", flat(self.fresh, self.best_forms())
 
     def untuned_row(self, variant, world):
