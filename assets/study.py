@@ -22,9 +22,9 @@ import functools
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -47,7 +47,7 @@ ABLATIONS = {"random, no flip": ["--flip", "none"], "initial, sign": ["--referen
 METHODS = {name: ["--method", name] for name in ("seppo", "sspo", "spin", "sft", "ditto", "dpo")} | ABLATIONS
 MODES = ("independent draw", "8 draws", "coin", "batch's mean", "previous mean", "oracle")  # see Anchored
 FORMS = {f"{mode}, {flip}": ["--flip", flip] for mode in MODES for flip in ("sign", "indicator")} | {"half": []}
-OWN = {"seppo": "own draw, sign", "sspo": "own draw, indicator", "random, no flip": "no sign"}  # the forms it has
+OWN = ("seppo", "sspo", "random, no flip")  # the same with the own draw: sign, indicator, and without a sign
 LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4), (5, 125, 1000)
 GRID_SEEDS, FORM_SEEDS, FRESH_SEEDS = (0, 1), range(4), range(10, 18)
 CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 125)]  # where the forms of the sign are compared
@@ -87,10 +87,9 @@ def preferred_pictures(seed):  # (n, 3, 16, 16) for each caption; the runs train
 
 
 def measure(pixels):
-    """What is measured on pictures of PROMPTS. gained: the score after the best scalar gain, where contrast alone wins
-    nothing. distance: to preferred pictures of the same caption, the mean over captions."""
+    """Pictures of PROMPTS -> what is measured on them, as explained at the top."""
     score = lambda gain: seppo.mini_score((gain * pixels).clamp(-1, 1), PROMPTS).mean().item()
-    by_caption = zip(pixels.flatten(1).unflatten(0, (30, -1)).unbind(1), preferred_pictures(1))
+    by_caption = zip(pixels.flatten(1).unflatten(0, (-1, len(seppo.CAPTIONS))).unbind(1), preferred_pictures(1))
     found = dict(score=score(1), gained=max(map(score, torch.linspace(0.3, 3, 55))))
     found |= dict(shape=shape_accuracy(pixels, PROMPTS), clipped=(pixels.abs() >= 1).float().mean().item())
     return found | {"distance": mean(energy_distance(x, y.flatten(1)) for x, y in by_caption)}
@@ -109,11 +108,10 @@ def measure_net(folder):
 
 @torch.no_grad()
 def anchor_truth(run, rule, seed, n=256, many=16):
-    """What the sign -1 ("x^r is a second winner") is worth, where the truth is known. Rates over n winners and `many`
-    draws of (t, eps), within each pair of the run's checkpoints that the rule allows; then means over the pairs.
-    better: x^r scores above what the policy makes of the same noise. minus: the sign is -1. gain: by how much x^r is
-    better more often where it is -1; gain_many: the same for the mean error of all draws. agrees: mean error and mean
-    score find the same of the two models better."""
+    """What the sign -1 is worth where the truth is known: rates over n winners and `many` draws of (t, eps), as means
+    over the pairs of the run's checkpoints that the rule allows. better: x^r scores above the policy's picture of the
+    same noise. minus: the sign is -1. gain: how much more often than on average x^r is better where it is -1.
+    gain_many: the same for the mean error of all draws. agrees: mean error and mean score prefer the same model."""
     captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
     chance = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
@@ -185,37 +183,39 @@ def run_cell(world, variant, lr, beta, seed, truth=False):
         if code:  # counts as plain grey
             return measure(torch.zeros(len(PROMPTS), 3, 16, 16)) | {"sign_pos": 0.0}
         o, log = seppo.parse_args(argv), map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
-        signs = [update["sign_pos"] for update in log if update["sign_pos"] is not None] or [0.0]
-        line = measure_net(Path(folder, f"checkpoint-{o.steps}")) | {"sign_pos": mean(signs)}
+        line = {"sign_pos": mean(update["sign_pos"] or 0 for update in log)}
+        line |= measure_net(Path(folder, f"checkpoint-{o.steps}"))
         return line | (anchor_truth(Path(folder), o.reference, seed) if truth and o.flip != "none" else {})
 
 
 def start_worker():  # quiet, on one thread; it ends with the study, even if that is killed
     sys.stdout = open(os.devnull, "w")
     torch.set_num_threads(1)
-    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-T95 = (None, math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by the number of values
+T95 = (None, None, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by the number of values
 KEY, MEASURES = ("world", "variant", "lr", "beta", "seed"), ("score", "gained", "shape", "distance")
 seeded = lambda cells, seeds: [(*cell, seed) for seed in seeds for cell in cells]
 flat = lambda runs, variants: [run for variant in variants for world in BASES for run in runs(variant, world)]
 minus = lambda a, b: [x - y for x, y in zip(a, b)]
 half = lambda values: T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-interval = lambda values, form=".3f": f"{mean(values):{form}}" + f" ± {half(values):.3f}" * (len(values) > 1)
+interval = lambda values, form=".3f": f"{mean(values):{form}} ± {half(values):.3f}"
 bold = lambda values: ("**{}**" if abs(mean(values)) > half(values) else "{}").format(interval(values, "+.3f"))
 spread = lambda values: f"{mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
 
 
-def table(title, row, items):
-    """Markdown. row(*item) yields (heading, text), and stops at the first run that is missing; the rest is empty."""
-    rows = [{} for _ in items]
-    for cells, item in zip(rows, items):
+def table(title, names, row, items):
+    """Markdown. row(*item) yields (heading, text) up to the first run that is missing. names: headings of the item."""
+    rows = []
+    for item in items:
+        cells = {}
         with contextlib.suppress(KeyError):
             for heading, text in row(*item):
                 cells[heading] = text
-    head = [*max(rows, key=len)]
+        rows += [dict(zip(names, item)) | cells] if cells else []
+    head = [*max(rows, key=len, default=names)]
     return f"## {title}\n\n{evaluation.markdown(head, *([row.get(name, '') for name in head] for row in rows))}\n"
 
 
@@ -253,7 +253,7 @@ class Study(dict):
         return [self[run][name] for run in runs]
 
     def mean(self, runs):  # before all are made it is the lowest
-        return mean(self.read(runs)) if {*runs} <= {*self} else -math.inf
+        return mean(self.read(runs)) if {*runs} <= {*self} else float("-inf")
 
     def tried(self, variant, world):  # the runs from which the variant's cell is chosen
         if variant in FORMS:
@@ -263,16 +263,14 @@ class Study(dict):
     def choose(self, variant, world):  # the cell with the highest mean over itself and its neighbours in lr and beta
         tried, place = self.tried(variant, world), lambda lr, beta: (LR.index(lr), BETA.index(beta or BETA[0]))
         steps = lambda a, b: sum(abs(i - j) for i, j in zip(place(*a[2:4]), place(*b[2:4])))
-        return max(tried, key=lambda a: self.mean([b for b in tried if steps(a, b) <= 1]))[:4]
+        near = lambda a, most: [b for b in tried if steps(a, b) <= most]
+        outside = lambda a: 5 - len(near(a, 1)) // len(near(a, 0))  # neighbours that count like the cell itself
+        return max(tried, key=lambda a: self.mean(near(a, 1) + near(a, 0) * outside(a)))[:4]
 
     def fresh(self, variant, world):  # the chosen cell on fresh seeds, fewer for ablations
         if variant in ("base", "preferred"):
             return [(world, variant, 0, 0, 0)]
         return seeded([self.choose(variant, world)], FRESH_SEEDS[: 4 if variant in ABLATIONS else 8])
-
-    def gains(self, variant, world, most=9):  # over the base model, at most so many steps of lr from the chosen one
-        own, base = LR.index(self.choose(variant, world)[2]), self[world, "base", 0, 0, 0]["score"]
-        return [self[run]["score"] - base for run in self.tried(variant, world) if abs(LR.index(run[2]) - own) <= most]
 
     def best_forms(self):  # two that could become a switch: the oracle looks at the score
         forms = [form for form in FORMS if "oracle" not in form]
@@ -287,22 +285,21 @@ class Study(dict):
         yield "tuned sft", flat(self.fresh, ["sft"])
         yield "grid of the other methods", by_seed(flat(self.tried, [*METHODS][4:]))
         yield "tuned methods on fresh seeds", flat(self.fresh, METHODS), True
-        for world, lr, beta in CELLS:
-            runs = seeded([(world, form, lr, beta) for form in (*OWN, *FORMS)], FORM_SEEDS)
-            yield f"what the sign knows, {world}, lr {lr:g}, beta {beta:g}", runs
+        for world, *at in CELLS:
+            yield f"what the sign knows, {world} {at}", seeded([(world, f, *at) for f in (*OWN, *FORMS)], FORM_SEEDS)
         yield "best forms of the sign on fresh seeds", flat(self.fresh, self.best_forms())
 
     def untuned_row(self, variant, world):
-        yield from {"method": variant, "world": world}.items()
-        gains = {near: self.gains(variant, world, most) for near, most in (("", 9), ("near: ", 1))}
+        base, tried = self[world, "base", 0, 0, 0]["score"], self.tried(variant, world)
+        gains, own = {"": [score - base for score in self.read(tried)]}, LR.index(self.choose(variant, world)[2])
+        gains["near: "] = [gain for run, gain in zip(tried, gains[""]) if abs(LR.index(run[2]) - own) <= 1]
         for near, values in gains.items():
             yield f"{near}mean gain", f"{mean(values):+.3f}"
             yield f"{near}worst run", f"{min(values):+.3f}"
-        tried, own = self.tried(variant, world), self.choose(variant, world)[2]
-        for steps, lr in zip(("one step of lr up", "two steps up"), LR[LR.index(own) + 1 :]):
-            at_lr, at_own = (self.read(run for run in tried if run[2] == rate) for rate in (lr, own))
-            yield steps, spread(minus(at_lr, at_own))
-        sft = mean(self.read(self.fresh("sft", world))) - self[world, "base", 0, 0, 0]["score"]
+        for steps, lr in zip(("one step of lr up", "two steps up"), LR[own + 1 :]):
+            scores = (self.read(run for run in tried if run[2] == rate) for rate in (lr, LR[own]))
+            yield steps, spread(minus(*scores))
+        sft = mean(self.read(self.fresh("sft", world))) - base
         for near, values in gains.items():
             yield f"{near}above tuned sft", f"{mean(gain > sft for gain in values):.0%}"
         for other in ("sft", "seppo"):
@@ -311,36 +308,35 @@ class Study(dict):
 
     def tuned_row(self, variant, world):
         runs = self.fresh(variant, world)
-        yield from {"method": variant, "world": world, "lr": f"{runs[0][2]:g}", "beta": f"{runs[0][3]:g}"}.items()
+        for name in ("lr", "beta"):
+            yield name, f"{self[runs[0]][name]:g}"
         for name in (*MEASURES, "clipped", "sign_pos", "better", "minus", "gain", "gain_many", "agrees"):
-            yield name, interval(self.read(runs, name))
+            yield name, interval(self.read(runs, name)) if len(runs) > 1 else f"{self[runs[0]][name]:.3f}"
 
     def difference_row(self, variant, world):
-        yield from {"method": variant, "world": world}.items()
         for other, name in itertools.product(("sft", "seppo", "sspo"), MEASURES):
             values = (self.read(self.fresh(v, world), name) for v in (variant, other))
             yield f"{name} less {other}", bold(minus(*values))
 
     def form_row(self, form):
-        yield "sign", OWN.get(form, form)
         for world, lr, beta in CELLS:
             yield f"{world} {lr:g}, {beta:g}", f"{mean(self.read(seeded([(world, form, lr, beta)], FORM_SEEDS))):.3f}"
         for world, own in itertools.product(BASES, ("seppo", "sspo")):
             cells = lambda v, seed: [(w, v, *at, seed) for w, *at in CELLS if w == world]
             means = ([mean(self.read(cells(v, seed))) for seed in FORM_SEEDS] for v in (form, own))
-            yield f"{world}, less {OWN[own]}", bold(minus(*means))
+            yield f"{world}, less {own}", bold(minus(*means))
 
     def report(self):
         """study.md, from study.jsonl alone. The README's table shows some of its rows and columns."""
         stages = [(what, sum(run not in self for run in runs), len(runs)) for what, runs, *_ in self.stages()]
         missing = "; ".join(f"{what} ({n} of {of})" for what, n, of in stages if n) or "none"
         rows = lambda *variants: [(variant, world) for world in BASES for variant in variants]
-        ends, methods = ("base", "preferred"), (*METHODS, *self.best_forms())
         text = [f"# The study: {len(self)} lines of study.jsonl\n\nRuns that are missing: {missing}.\n"]
-        text.append(table("Without tuning: every run of the grid", self.untuned_row, rows(*METHODS)))
-        text.append(table("Tuned, on fresh seeds", self.tuned_row, rows(*ends, *methods)))
-        text.append(table("Tuned, less another method", self.difference_row, rows(*methods)))
-        text.append(table("What the sign knows", self.form_row, [(form,) for form in (*OWN, *FORMS)]))
+        names, tuned = ("method", "world"), rows(*METHODS, *self.best_forms())
+        text.append(table("Without tuning: every run of the grid", names, self.untuned_row, rows(*METHODS)))
+        text.append(table("Tuned, on fresh seeds", names, self.tuned_row, rows("base", "preferred") + tuned))
+        text.append(table("Tuned, less another method", names, self.difference_row, tuned))
+        text.append(table("What the sign knows", ("sign",), self.form_row, [(form,) for form in (*OWN, *FORMS)]))
         return "\n".join([*text, __doc__.split("\n\n")[-1]])
 
 
@@ -359,7 +355,8 @@ def draw_figure(study, path):
         for variant, style in (("base", "--"), ("preferred", ":")):
             for score in study.read({*study.fresh(variant, world)} & {*study}):
                 axis.axhline(score, color="black", ls=style, label=f"{variant} {score:.2f}")
-        axis.set(xscale="log", xlabel="learning rate", title=world, ylim=(max(0, axis.get_ylim()[0]), None))
+        axis.set(xscale="log", xlabel="learning rate", title=f"{world}: score")
+        axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))
         axis.legend(fontsize=8)
     with seppo.whole(path) as file:
         figure.savefig(file, format="png", dpi=200)
@@ -381,8 +378,9 @@ def run(argv=None):
     for stage in [None] if o.tables else study.stages():
         if stage:
             study.make(*stage)
-        with seppo.whole(o.out / "study.md") as file:  # after each stage
-            file.write_text(study.report(), "utf-8")
+        text = study.report()  # after each stage
+        with seppo.whole(o.out / "study.md") as file:
+            file.write_text(text, "utf-8")
         draw_figure(study, o.out / "study.png")
     print(f"{o.out}: study.md, study.png")
 
