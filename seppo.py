@@ -33,6 +33,7 @@ import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -42,7 +43,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNetMotionModel
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -61,26 +62,28 @@ from tqdm import tqdm
 # is its reference): only the winner speaks. "Inferred" means below: the paper does not say.
 
 
-def anchor_criterion(policy_w, reference_w, flip="sign"):
-    """The (B,) signs of the anchor criterion, without gradient, from the errors of x^w (see seppo_loss).
-    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation 1(x > 0),
-    where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError."""
-    if flip not in ("sign", "indicator", "none"):
-        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
-    sign = torch.sign(reference_w - policy_w).detach()
-    return {"sign": sign, "indicator": sign.clamp(min=0), "none": torch.ones_like(sign)}[flip]
+def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
+    return torch.sign(reference_w - policy_w).detach()
 
 
 def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
-    (reference_w: the reference's error of x^w). They are passed by name, because other code has another order. All
-    must be computed the same way (dtype, kernels, batch shape) and be fp32: beta multiplies their rounding.
-    sign: (B,), if anchor_criterion has been asked before (Trainer.anchor_sign); None: it is asked here, with `flip`.
+    (reference_w: the reference's error of x^w), and passed by name, as other code has another order. All are computed
+    the same way (dtype, kernels, batch shape), in fp32: beta multiplies their rounding.
+    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation 1(x > 0),
+    where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError.
+    sign: (B,), if already decided (Trainer.anchor_sign); None: computed here. `flip` is applied either way.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
     tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`."""
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
-    sign = anchor_criterion(policy_w, reference_w, flip) if sign is None else sign
+    sign = anchor_criterion(policy_w, reference_w) if sign is None else sign
+    if flip == "indicator":
+        sign = sign.clamp(min=0)
+    elif flip == "none":
+        sign = torch.ones_like(sign)
+    elif flip != "sign":
+        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
     logit = -0.5 * beta * (s_w - sign * s_r)
     rewards = {"reward_w": -0.5 * beta * s_w.detach(), "reward_r": -0.5 * beta * s_r.detach()}
     return -F.logsigmoid(logit), {"sign": sign, "logit": logit.detach()} | rewards
@@ -192,6 +195,7 @@ WARMUP, MAX_NORM = 0.25, 1.0  # the learning rate's, as a share of all updates (
 ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # statistics: means
 OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # means over those winners that have a reference sample
+CALMER = "take a lower --lr, or --dtype fp32, in another --out"  # against gradients that are not finite
 
 
 class Trainer:
@@ -200,7 +204,7 @@ class Trainer:
 
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
-        self.reference, self.reference_index, self.half_copy = None, None, None
+        self.reference, self.reference_index, self.half_copy, self.captions = None, None, None, None
         if o.loser != "none":  # a copy that shares the frozen weights: deepcopy does not copy objects in its memo
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
@@ -231,7 +235,6 @@ class Trainer:
         side = o.resolution // codec.factor
         self.shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)  # of latents
         self.empty = codec.encode_text([""])  # (1, tokens, width)
-        self.sampler_options = dict(empty=self.empty, solver=o.solver, steps=o.sampler_steps, guidance=o.guidance)
         # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid; times
         # this it is 8 * error * sigmoid, in the middle of fp16's range whatever beta and N are. Weights are fp32.
         full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
@@ -253,24 +256,33 @@ class Trainer:
                 self.half_copy.load_state_dict(self.reference.state_dict())
             self.reference_index = index
 
+    def check_numeric_path(self):  # at equal weights s_w and s_r must be 0, or beta turns rounding into preferences
+        o, nets, context = self.o, (self.policy, self.reference), self.empty.expand(self.o.micro_batch, -1, -1)
+        t, _, eps, x_w, x_r = (v.to(o.device) for v in draws("check", range(o.micro_batch), self.shape, 1000, 0))
+        with self.autocast():  # noise stands in for latents
+            _, m = batch_loss(*nets, self.codec.scheduler, x_w, eps, t, context, x_r)
+        gaps = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
+        logit = 0.5 * o.beta * gaps.abs().max().item()
+        print(f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart")
+        need(
+            logit < 0.3, "self-check: policy and reference are not on one numeric path: signs would be rounding noise"
+        )
+
     @torch.no_grad()
     def anchor_sign(self, x_w, eps, t, context):
         """(B,) the sign under --flip indicator, before any x^r is made: 1 (it loses) or 0 (it is not needed)."""
-        signs = []
+        signs, nets = [], (self.policy, self.reference)
         for micro in zip(*(v.split(self.o.micro_batch) for v in (x_w, eps, t, context))):
             with self.autocast():
-                nets = self.policy, self.reference
-                signs.append(
-                    anchor_criterion(*(denoising_error(n, self.codec.scheduler, *micro) for n in nets), self.o.flip)
-                )
+                errors = [denoising_error(net, self.codec.scheduler, *micro) for net in nets]
+            signs.append(anchor_criterion(*errors).clamp(min=0))
         return torch.cat(signs)
 
-    def generate(self, net, noise, captions):
-        """noise, (B, tokens, width) captions -> the net's samples as clean latents, --generate-batch at a time."""
-        batches = zip(noise.split(self.o.generate_batch), captions.split(self.o.generate_batch))
-        with self.autocast(enabled=self.o.dtype == "fp16" and net is self.policy):
-            made = [sample(net, self.codec.scheduler, *batch, **self.sampler_options) for batch in batches]
-        return torch.cat(made)
+    def generate(self, net, noise, captions):  # -> the net's samples, as clean latents
+        o, batches = self.o, zip(*(v.split(self.o.generate_batch) for v in (noise, captions)))
+        rest = self.empty, o.solver, o.sampler_steps, o.guidance
+        with self.autocast(enabled=o.dtype == "fp16" and net is self.policy):
+            return torch.cat([sample(net, self.codec.scheduler, *batch, *rest) for batch in batches])
 
     def gradient(self, rows):
         """Adds the gradient of these rows' summed loss, and their statistics, to those of the update under way."""
@@ -302,16 +314,12 @@ class Trainer:
             self.sums.update({name: value.sum().float() for name, value in statistics.items()})
         if is_first:  # what is not finite is seen before the rest is generated
             finite = torch.stack([gradient.isfinite().all() for gradient in self.gradients()]).all().float()
-            if o.world > 1:
-                dist.all_reduce(finite, dist.ReduceOp.MIN)
-            self.overflow = not finite
+            self.overflow = not over_all(finite, op=dist.ReduceOp.MIN)
 
     def step(self, update):
         """Adds up the devices' shares, clips, steps. Returns what is logged."""
         o, progress, totals = self.o, self.progress, torch.stack([*self.sums.values()])
-        if o.world > 1:  # once an update: to overlap that with anything would buy nothing
-            for tensor in (*self.gradients(), totals):
-                dist.all_reduce(tensor)
+        over_all(totals, *self.gradients())  # once per update: to overlap it with anything would gain nothing
         for gradient in self.gradients():
             gradient /= self.scale * progress["scale"] * o.batch_size
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_NORM).item()
@@ -329,8 +337,7 @@ class Trainer:
             progress["in_a_row"] += 1
             progress["skipped_updates"] += 1
             progress["scale"] /= 16 if o.dtype == "fp16" else 1
-            advice = "take a lower --lr, or --dtype fp32, in another --out"
-            need(progress["in_a_row"] < 3, f"three updates in a row, until {update + 1}, are not finite: {advice}")
+            need(progress["in_a_row"] < 3, f"three updates in a row, until {update + 1}, are not finite: {CALMER}")
             means, norm = {}, None
         self.optimizer.zero_grad()  # before anything is saved: it frees a fifth of the memory
         self.sums, self.overflow = Counter(), False
@@ -349,7 +356,7 @@ def train(o):
     trainer = Trainer(o, policy, codec)
     begin(o, data, trainer)
     if trainer.reference:
-        check_numeric_path(o, trainer)
+        trainer.check_numeric_path()
     done = resume(o, trainer)
     if done == 0:
         save(o, trainer, data, 0)  # the base model, the pool's first
@@ -357,7 +364,7 @@ def train(o):
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
     chunk *= 4 if o.flip == "indicator" else 1  # where about half need an x^r: full batches all the same
     positions = (u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share))
-    rows, saved = fetch_ahead(data, positions, ahead=2 * chunk), time.monotonic()
+    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # at first at once: is there room?
     total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
     with tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0) as bar:
         for update in range(done, o.steps):
@@ -370,6 +377,7 @@ def train(o):
                 bar.update(n * o.world)
                 if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
                     bar.initial, bar.start_t = bar.n, time.time()
+                    bar.last_print_t = bar.start_t  # or a bar that ends now would not end its line
             m, seconds = trainer.step(update), time.perf_counter() - start
             peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
             m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
@@ -381,6 +389,7 @@ def train(o):
             if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
                 save(o, trainer, data, update + 1, interval_ends)
                 saved = time.monotonic()
+    need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {CALMER}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png: the base model above, the policy below.{how_to_load(o)}")
 
 
@@ -398,12 +407,25 @@ def need(condition, message):
 
 
 @contextlib.contextmanager
-def explained(what, advice):  # what goes wrong with the user's files becomes one line; not so a programming error
+def explained(what, advice, kinds=(OSError, ValueError, LookupError, RuntimeError, SafetensorError)):
+    """Errors in the user's files become one line, programming errors keep their traceback. kinds: `Exception` around
+    a library that reads such a file, which may raise anything; a broken connection is none of these errors."""
     try:
         yield
-    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise UserError(f"{what}: {reason[:200]} ({advice})") from error
+    except UserError:
+        raise
+    except kinds as error:
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        raise UserError(f"{what}: {reason} ({advice})") from error
+
+
+def over_all(*tensors, op=dist.ReduceOp.SUM):
+    """Reduces tensors over all processes, in place. Returns the first."""
+    with explained("another process of this run has ended", "its message says why"):
+        for tensor in tensors if dist.is_initialized() else ():
+            dist.all_reduce(tensor, op)
+    return tensors[0]
 
 
 def key(*parts):  # a 63-bit seed from any printable values, the same in every process
@@ -424,37 +446,48 @@ def draws(seed, positions, shape, timesteps, dropout):
 class Winners:
     """The rows by position. They come in groups that are read whole; per epoch groups are shuffled, and rows in each.
     One without caption or picture is replaced by another, and counted. groups: [(n, read)], where read() -> n rows:
-    (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels."""
+    (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels.
+    pauses: the seconds after which it tries again to read a group."""
 
-    def __init__(self, o, source, groups):
-        self.o, self.source, self.groups, self.total, self.lock = o, source, [], 0, threading.Lock()
+    def __init__(self, o, source, groups, pauses=()):
+        self.o, self.source, self.groups, self.total = o, source, [], 0
+        self.pauses, self.left, self.stop = pauses, [*pauses], threading.Event()
         for n, read in groups:
             n = min(n, (o.max_winners or n + self.total) - self.total)
-            self.groups += [(n, read)] if n else []
+            self.groups += [(n, read, threading.Lock())] if n else []
             self.total += n
         need(self.total, f"--data {o.data} has no rows")
 
-    @functools.lru_cache(2)
-    def epoch(self, epoch):  # -> the groups in its order, and the place where each ends
-        order = random.Random(key(self.o.seed, "groups", epoch)).sample(range(len(self.groups)), len(self.groups))
-        return order, list(itertools.accumulate(self.groups[g][0] for g in order))
+    @functools.lru_cache(6)  # so many stay in memory: 3 GB of Pick-a-Pic
+    def group(self, g):
+        """A group's rows, without the ties. Where the network fails, it waits and tries again."""
+        n, read, _ = self.groups[g]
+        while True:
+            try:
+                with explained(f"--data {self.source}, row group {g} cannot be read", AGAIN):
+                    rows = [row for row in read()[:n] if row]
+                self.left = [*self.pauses]
+                return rows
+            except UserError as error:
+                if not self.left or self.stop.is_set():
+                    raise
+                tqdm.write(f"{error}; next attempt in {self.left[0]} s")
+            self.stop.wait(self.left.pop(0))
 
-    @functools.lru_cache(4)
-    def group(self, g, epoch):
-        """The rows of a group in this epoch's order, without the ties."""
-        n, read = self.groups[g]
-        with explained(f"--data {self.source}, row group {g} cannot be read", "mend it; the same command continues"):
-            rows = [row for row in read()[:n] if row]
-        return random.Random(key(self.o.seed, "rows", epoch, g)).sample(rows, len(rows))
+    @functools.lru_cache(16)
+    def shuffled(self, n, *names):
+        return random.Random(key(self.o.seed, *names)).sample(range(n), n)
 
     def row(self, position):
-        """(caption, winner, loser), as they came. In the place of a tie another row of its group comes again."""
+        """(caption, winner, loser), as they came. A tie is replaced by another row of its group."""
         epoch, place = divmod(position, self.total)
-        order, ends = self.epoch(epoch)
+        order = self.shuffled(len(self.groups), "groups", epoch)
+        ends = [*itertools.accumulate(self.groups[g][0] for g in order)]
         at = bisect.bisect(ends, place)
-        with self.lock:  # several threads ask, one reads
-            rows = self.group(order[at], epoch)
-        return rows[(place - ends[at]) % len(rows)] if rows else (None, None, None)
+        with self.groups[order[at]][2]:  # several threads ask, one reads
+            rows = self.group(order[at])
+        n, place = len(rows), place - ends[at]
+        return rows[self.shuffled(n, "rows", epoch, order[at])[place % n]] if rows else (None, None, None)
 
     def __getitem__(self, position):
         """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were of no use."""
@@ -474,25 +507,28 @@ class Winners:
             wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
         raise UserError(f"--data {self.source}: 100 rows in a row are of no use (the last: {reason})")
 
-
-def fetch_ahead(data, positions, ahead):
-    """Rows in order, read and decoded by threads while the GPU works."""
-    pool, waiting = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), deque()
-    try:
-        for position in positions:
-            waiting.append(pool.submit(data.__getitem__, position))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        yield from (row.result() for row in waiting)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def fetch(self, positions, ahead):
+        """Yields rows in order, read and decoded by threads while the GPU works. Groups are read earlier still."""
+        reader, pool, waiting = ThreadPoolExecutor(1), ThreadPoolExecutor(min(8, os.cpu_count() or 1)), deque()
+        positions, later = itertools.tee(positions)
+        later = itertools.islice(later, min(128, 2 * self.total // len(self.groups)), None)  # as few groups stay
+        try:
+            for position in positions:
+                reader.submit(self.row, next(later, position))
+                waiting.append(pool.submit(self.__getitem__, position))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            yield from (row.result() for row in waiting)
+        finally:
+            self.stop.set()
+            reader.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow may open: others start programs, or follow paths
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
 FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
-for name in "tEXt zTXt iTXt iCCP pHYs gAMA sRGB cHRM".split():  # a PNG's notes and profiles: skipped, of any size
-    setattr(PngImagePlugin.PngStream, f"chunk_{name}", lambda stream, at, length: stream.fp.read(length))
+PNG_NOTES = {name.encode() for name in "tEXt zTXt iTXt iCCP pHYs gAMA sRGB cHRM".split()}
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
 
 
@@ -513,10 +549,21 @@ def to_pixels(picture, o, flip=False, start=0.0):
     return picture.flip(-1) if flip else picture
 
 
+def without_notes(png):
+    """A PNG without its text and colour profiles, which Pillow refuses if they are large; any other file as it is."""
+    kept, at = bytearray(png[:8]), 8
+    while png[:4] == b"\x89PNG" and at < len(png):
+        chunk = png[at : at + 12 + int.from_bytes(png[at : at + 4], "big")]
+        kept += chunk if chunk[4:8] not in PNG_NOTES else b""
+        at += len(chunk)
+    return bytes(kept) + png[at:]
+
+
 def read_picture(picture):
     """Bytes, a path (no string: what somebody's Parquet names is not opened), or a dict as `datasets` stores them."""
     picture = picture["bytes"] if isinstance(picture, dict) else picture
-    with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
+    data = without_notes(picture.read_bytes() if isinstance(picture, Path) else picture)
+    with Image.open(io.BytesIO(data), formats=KINDS) as image:
         need(image.width * image.height <= 64e6, f"{image.size} pixels")  # a few kilobytes can ask for gigabytes
         image.load()  # before its metadata, which may be anything
         with contextlib.suppress(Exception):
@@ -548,6 +595,7 @@ def read_clip(path, frames, start, stride=4):
 
 
 PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2")  # copies: yuvalkirstain/pickapic_v2 is gone
+PAUSES = 5, 10, 20, 40, 75, 150  # seconds until the hub is asked again: five minutes in all
 COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0 = jpg_1 wins, 0.5 = a tie
 
 
@@ -559,7 +607,8 @@ def open_data(o):
             rows = folder_rows(folder, FILMS if o.frames else PICTURES)
     if not rows:
         need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
-        return Winners(o, *parquet_groups(o.data))
+        source = recorded(o).get("source", "")
+        return Winners(o, *parquet_groups(source if source.startswith(f"{o.data}@") else o.data))  # at its revision
     return Winners(o, o.data, [(len(rows), lambda: rows)])
 
 
@@ -606,13 +655,13 @@ def folder_rows(folder, endings):
 
 
 def parquet_groups(name):
-    """Parquet with COLUMNS -> its source and [(rows of a row group, how to read them)]. Over the network too, where
-    nothing is kept: Pick-a-Pic's 335 GB never lie on a disk."""
+    """Parquet with COLUMNS -> its source, [(rows of a row group, how to read them)], and the pauses for Winners. Also
+    over the network without caching: Pick-a-Pic's 335 GB are never stored."""
     import pyarrow.dataset
 
     source, root, system = name, Path(name), None
     advice = f"it takes pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
-    with explained(f"--data {source} cannot be read", advice):
+    with explained(f"--data {source} cannot be read", advice, Exception):
         if root.exists():
             names = [str(file.relative_to(root)) for file in files_below(root)]
         else:
@@ -633,7 +682,8 @@ def parquet_groups(name):
 
     def read(group):
         sides, rows = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}, []
-        table = group.to_table(columns=COLUMNS + ["label_1"] * ("label_1" in group.physical_schema.names))
+        with explained(f"--data {source}, {group.path} cannot be read", AGAIN, Exception):
+            table = group.to_table(columns=COLUMNS + ["label_1"] * ("label_1" in group.physical_schema.names))
         for row in table.to_pylist():
             labels = (math.nan if v is None else v for name, v in row.items() if name[:6] == "label_")
             label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels)
@@ -641,7 +691,8 @@ def parquet_groups(name):
             rows.append(None if label == 0.5 else (row["caption"], row.get(winner), row.get(loser)))
         return rows
 
-    return source, [(group.row_groups[0].num_rows, functools.partial(read, group)) for group in groups]
+    groups = [(group.row_groups[0].num_rows, functools.partial(read, group)) for group in groups]
+    return source, groups, PAUSES if system else ()
 
 
 def of_train(source, names):
@@ -738,7 +789,7 @@ def load_models(o):
     if o.model in MINI:
         codec = Miniature(o.device)
     else:
-        with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID):
+        with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID, Exception):
             text = load_whole(transformers.CLIPTextModel, o.model, "text_encoder", dtype=o.half)
             vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
             tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")
@@ -748,7 +799,7 @@ def load_models(o):
         codec = StableDiffusion(tokenizer, text.to(o.device), vae.to(o.device), scheduler)
     where = o.unet or (MINI_BASE if o.model == "mini" else o.model)
     kinds = ["UNet2DConditionModel", *["UNetMotionModel"] * bool(o.motion_adapter and o.unet)]
-    with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID):
+    with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
     config, levels = policy.config, codec.scheduler.config
     takes, gives = (config.in_channels, config.cross_attention_dim), (codec.channels, codec.width)
@@ -757,7 +808,7 @@ def load_models(o):
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm: this model begins in noise: ddim")
     if o.motion_adapter:
         if not isinstance(policy, UNetMotionModel):
-            with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID):
+            with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID, Exception):
                 policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, "MotionAdapter"))
         codec.scheduler = DDPMScheduler.from_config(levels, **ANIMATEDIFF)
         need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames}: too many for this motion adapter")
@@ -775,8 +826,12 @@ def load_models(o):
 
 
 @torch.no_grad()
-def fill(tensors, path):  # {name: tensor} from a safetensors file, in place: no second copy; -> its metadata
-    with explained(f"{path} cannot be read", "restore it, or choose another --out"), safe_open(path, "pt") as file:
+def fill(tensors, path):
+    """Loads {name: tensor} in place from a safetensors file, so without a second copy. Returns the file's metadata."""
+    with explained(f"{path} cannot be read", RESTORE), safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        other = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
+        need(not other, f"{path} is of another model, which has no {', '.join(other[:1])} of this shape: {RESTORE}")
         for name, tensor in tensors.items():
             tensor.copy_(file.get_tensor(name))
         return file.metadata()
@@ -865,9 +920,10 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; what was whole there is whole still"
+RESTORE, AGAIN = "restore it, or choose another --out (which several machines must share)", "fix it and rerun"
 SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # is it learning? On the bar
-MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out".split()
+MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out given".split()
 UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # what may change on resuming does not name the folder
 
 
@@ -897,8 +953,7 @@ def lock(o, wait=False):
         need(False, f"another command works on {o.out}: wait for it, or choose another --out")
     except (ImportError, OSError):  # Windows, some file systems
         print(f"{o.out} cannot be locked: let no other command work on it")
-    if o.world > 1:
-        dist.barrier()
+    over_all(torch.zeros((), device=o.device)).item()  # a barrier
     return file
 
 
@@ -907,18 +962,29 @@ def choose_micro_batch(o, room):
     `room` GB, by Stable Diffusion 1.5's 2.5 GB a winner (512 pixels, fp16). Without a GPU it is 1."""
     each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)
     each *= 0.25 if o.gradient_checkpointing else 1
-    fits = [n for n in (1, 2, 4, 8, 16, 32, 64) if o.batch_size // o.world % n == 0 and n * each <= room]
+    most = 65535 // (2 * (o.resolution // 8) ** 2) if o.frames else 64  # sequences that a temporal kernel takes
+    fits = [n for n in (1, 2, 4, 8, 16, 32, 64) if o.batch_size // o.world % n == 0 and n * each <= room and n <= most]
     return max(fits, default=1)
+
+
+def recorded(o):  # the options in config.json of --out, none for a new run
+    path = o.out / "config.json"
+    with explained(f"{path} cannot be read", RESTORE, Exception):
+        return {**json.loads(path.read_text())["options"]} if path.exists() else {}
 
 
 def begin(o, data, trainer):
     """Refuses an --out with another experiment, writes config.json, prints the plan."""
     options = {name: value for name, value in vars(o).items() if name not in MACHINE}
-    options, path = options | {"source": data.source, "rows": data.total}, o.out / "config.json"
-    with explained(f"--out {o.out} cannot be read", "choose another"):
-        then = json.loads(path.read_text())["options"] if path.exists() else options
-    changed = [f"{name} was {then.get(name)}, is {now}" for name, now in options.items() if now != then.get(name)]
-    need(not changed, f"{o.out} holds a run with other options ({', '.join(changed)}): choose another --out")
+    options |= {"source": data.source, "rows": data.total}
+    path, old = o.out / "config.json", recorded(o)
+    then = {name: now for name, now in options.items() if name not in o.given} | old if old else options
+    changed = [name for name, now in options.items() if name != "data" and now != then.get(name)]  # source says it all
+    changed = ", ".join(f"{name} was {then.get(name, 'the default')}, is {options[name]}" for name in changed)
+    need(not changed, f"{o.out} holds a run with other options ({changed}): choose another --out")
+    if old and options.keys() - old.keys():
+        print(f"{path} is older than {', '.join(options.keys() - old.keys())}: the default is used")
+    trainer.progress["run"] = options["run"] = old.get("run", "" if old else os.urandom(8).hex())
     config = {"options": options, "machine": f"{o.world} x {o.device}, {o.dtype}"}
     config["sampler"] = dict(make_solver(trainer.codec.scheduler, o.solver).config)
     config["versions"] = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
@@ -954,15 +1020,25 @@ def save(o, trainer, data, update, interval_ends=True):
     if o.rank == 0 and update > 0:
         with whole(o.out / "resume.safetensors") as file:
             save_file(trainer.state, file, {"progress": json.dumps(trainer.progress | {"update": update})})
-    if o.world > 1 and interval_ends:
-        dist.barrier()  # the others will read it
+    if interval_ends:
+        over_all(torch.zeros((), device=o.device)).item()  # a barrier: the other processes will read it
 
 
-def resume(o, trainer):  # -> how many updates are done, everything being as it was then
+def resume(o, trainer):
+    """Restores the saved state. Returns the number of finished updates."""
     path, metrics, done = o.out / "resume.safetensors", o.out / "metrics.jsonl", 0
+    saved = [(o.out / f"checkpoint-{n}").is_dir() for n in (*range(o.save_every, o.steps, o.save_every), o.steps)]
     if path.exists():
-        trainer.progress = json.loads(fill(trainer.state, path)["progress"])
-        done = trainer.progress.pop("update")
+        with explained(f"{path} cannot be read", RESTORE, Exception):
+            progress = json.loads(fill(trainer.state, path)["progress"])
+            done, ours = progress.pop("update"), progress.get("run", "") == trainer.progress["run"]
+            need(ours and 0 < done <= o.steps, f"{path} is of another run: {RESTORE}")
+        trainer.progress |= progress
+    elif any(saved):  # a finished run is finished, even without its largest file
+        need(saved[-1], f"{path} is missing, but there are checkpoints: {RESTORE}")
+        done = o.steps
+    ends = over_all(torch.tensor([done, -done], device=o.device), op=dist.ReduceOp.MIN)
+    need(not ends.sum(), "the processes began at different updates: all machines must share the folder --out")
     if o.rank == 0 and metrics.exists():
         lines = metrics.read_bytes().splitlines(keepends=True)
         with whole(metrics) as file:  # without the lines of updates that are done again
@@ -973,28 +1049,19 @@ def resume(o, trainer):  # -> how many updates are done, everything being as it 
 def sample_pictures(o, trainer, data, update):
     """samples/step-N.png: the first captions from fixed noise, base model above, policy below; of a clip a row."""
     n, base = 12 if o.model in MINI else 4, o.out / "samples" / "step-0.png"
-    captions = trainer.codec.encode_text([data[i][1] for i in range(n)])
+    trainer.captions = trainer.captions or [data[i][1] for i in range(n)]  # kept: to read their group takes long
+    captions = trainer.codec.encode_text(trainer.captions)
     *_, noise = draws("samples", range(n), trainer.shape, 1, 0)
     pixels = trainer.codec.decode(trainer.generate(trainer.policy, noise.to(o.device), captions))
     pixels = ((pixels + 1) * 127.5).round().byte().cpu().movedim(1, -1)  # (n, [F,] R, R, 3)
     side, across = max(96, o.resolution), o.frames or n
     tiles = [Image.fromarray(tile.numpy()).resize((side, side), Image.NEAREST) for tile in pixels.flatten(0, -4)]
     grid = diffusers.utils.make_image_grid(tiles, len(tiles) // across, across)
-    if update and base.exists():
-        grid = diffusers.utils.make_image_grid([Image.open(base), grid], 2, 1)
+    if update:
+        with contextlib.suppress(Exception):  # without the base model's row, where its picture is missing or damaged
+            grid = diffusers.utils.make_image_grid([Image.open(base), grid], 2, 1)
     with whole(base.with_name(f"step-{update}.png")) as file:
         grid.save(file, "PNG")
-
-
-def check_numeric_path(o, trainer):  # at equal weights s_w and s_r must be 0, or beta makes preferences of rounding
-    t, _, eps, x_w, x_r = (v.to(o.device) for v in draws("check", range(o.micro_batch), trainer.shape, 1000, 0))
-    batch = dict(x_w=x_w, eps=eps, t=t, context=trainer.empty.expand(len(t), -1, -1), x_r=x_r)  # noise as latents
-    with trainer.autocast():
-        _, m = batch_loss(trainer.policy, trainer.reference, trainer.codec.scheduler, **batch)
-    gaps = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
-    logit = 0.5 * o.beta * gaps.abs().max().item()
-    print(f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart")
-    need(logit < 0.3, f"self-check: {logit:.2g} of a logit: not computed on one numeric path, signs would be rounding")
 
 
 def how_to_load(o):  # the last lines of a run: a program that loads what it made
@@ -1074,6 +1141,7 @@ def parse_args(argv=None):
     given = {name: value for name, value in vars(o).items() if value != parser.get_default(name)}
     for name, preset in METHODS[o.method].items():
         setattr(o, name, getattr(o, name) or preset)
+    o.given = [*given]
     join_devices(o)
     o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # it saves
     named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in given.items() if name not in UNNAMED]
@@ -1096,9 +1164,17 @@ def parse_args(argv=None):
 
 
 def join_devices(o):  # this process's device, rank and world, as torchrun says or alone; and its dtype
-    torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    o.rank, o.world, local = (int(os.environ.get(name, alone)) for name, alone in torchrun.items())
-    name, gpus = o.device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    env, names = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    places = [env.get(name, alone) for name, alone in zip(names, "010")]
+    alone = places[1] == "1" and ("RANK" in env or env.get("SLURM_PROCID", "0") == "0")  # srun alone joins nothing
+    fits = all(map(str.isdigit, places)) and (alone or {"RANK", "MASTER_ADDR"} <= {*env})
+    need(fits, f"{', '.join(names)} and MASTER_ADDR are not as torchrun sets them: start with torchrun, or unset them")
+    o.rank, o.world, local = map(int, places)
+    with warnings.catch_warnings(record=True, action="always") as said:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for warning in said:  # an old driver: then the run would go on without its GPU
+        print(f"torch finds no usable GPU: {' '.join(str(warning.message).split())}")
+    name = o.device or ("cuda" if gpus else "cpu")
     need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:1")
     o.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     need(name == "cpu" or o.device.index < gpus, f"--device {name}: torch finds {gpus} GPUs here; --device cpu works")
@@ -1113,7 +1189,9 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
 def run(argv=None):  # the command's whole work; of the miniature the base model comes first
     o = parse_args(argv)
     if o.world > 1:
-        dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl")
+        with explained("the processes cannot find each other", "start them with torchrun", Exception):
+            # process 0 may write 14 GB to a slow disk while the others wait
+            dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl", timeout=timedelta(hours=2))
     with lock(o):
         if o.model == "mini":
             base = parse_args(["--model", "mini-untrained", "--out", MINI_BASE, "--device", str(o.device)])
@@ -1129,15 +1207,18 @@ def main(argv=None, work=run, program="seppo.py", less="--micro-batch, --gradien
         library.logging.set_verbosity(50)  # critical: what goes wrong is said once, below
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = None  # one process speaks
+    speaks = re.fullmatch("0*", os.environ.get("RANK", "0"))
+    if not speaks:
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the console's encoding lacks
     said = {KeyboardInterrupt: "interrupted; the same command continues"}
     said |= {torch.OutOfMemoryError: f"out of GPU memory: what helps, the best first: {less}"}
     try:
         return work(argv) or 0
     except (UserError, *said) as error:
         message, code = said.get(type(error), error), 130 if isinstance(error, KeyboardInterrupt) else 2
-    if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # what all find at once is said by one
+    if speaks or dist.is_initialized():  # what all find at once is said by one
         print(f"{program}: {message}", file=sys.stderr)
     return code
 
