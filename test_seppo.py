@@ -192,14 +192,17 @@ def test_objective_equals_a_plain_rewrite(flip):
     g = torch.Generator().manual_seed(0)
     errors = [torch.rand(64, generator=g, dtype=torch.float64) * 1e-3 for _ in range(4)]
     errors[0][:8] = errors[1][:8]  # neither is better
-    losses, details = seppo.seppo_loss(errors[0].requires_grad_(), *errors[1:], 2000.0, flip)
+    errors[0].requires_grad_()
+    named = lambda errors: dict(zip(("policy_w", "reference_w", "policy_r", "reference_r"), errors))
+    losses, details = seppo.seppo_loss(**named(errors), beta=2000.0, flip=flip)
     torch.testing.assert_close(losses.detach(), by_hand(*errors, 2000.0, flip), rtol=1e-12, atol=1e-15)
     assert not any(value.requires_grad for value in details.values())
-    single, details = seppo.seppo_loss(*(e.float() for e in errors), 2000.0, flip, sign=torch.zeros(64))
+    single, details = seppo.seppo_loss(**named([e.float() for e in errors]), flip=flip, sign=torch.zeros(64))
     assert single.dtype == torch.float32, "the loss must stay in the dtype of the errors"
     assert details["sign"].sum() == (64 if flip == "none" else 0), "what the anchor said earlier counts"
     torch.testing.assert_close(details["reward_w"], 1000 * (errors[1] - errors[0]).float())
-    pytest.raises(ValueError, seppo.seppo_loss, *errors, flip="flop")
+    pytest.raises(ValueError, seppo.seppo_loss, **named(errors), flip="flop")
+    pytest.raises(TypeError, seppo.seppo_loss, *errors)  # diffusers' order is another
 
 
 def test_reference_rule():
@@ -484,7 +487,8 @@ def cut_out(*names):
     return argparse.Namespace(**space)
 
 
-CUT = "seppo_loss choose_reference predict denoising_error batch_loss SOLVERS NOISE_LEVELS make_solver sample".split()
+CUT = "anchor_criterion seppo_loss choose_reference predict denoising_error batch_loss SOLVERS NOISE_LEVELS".split()
+CUT += ["make_solver", "sample"]
 
 
 RUNS = """--solver ddim --guidance 1 --sampler-steps 6; --reference latest --beta 300; --method spin --guidance 3;
