@@ -516,7 +516,7 @@ def score_pictures(o, files, prompts, batches, missing):
     """-> {model: {scorer: (N,) scores, or None}}; adds to {scorer: why it is missing}."""
     scores = {model: dict.fromkeys(o.scorers) for model in files}
     for name in [name for name in o.scorers if name not in missing]:
-        title = SCORERS[name][0]
+        scorer, title = None, SCORERS[name][0]  # the last scorer leaves the GPU before the next one is loaded
         print(f"loading {title}")
         try:
             scorer = load_scorer(name, o.scorer_weights, o.device, antialias=o.protocol != "paper")

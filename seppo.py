@@ -801,12 +801,9 @@ def load_models(o):
     kinds = ["UNet2DConditionModel", *["UNetMotionModel"] * bool(o.motion_adapter and o.unet)]
     with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
-    config, levels = policy.config, codec.scheduler.config
-    takes, gives = (config.in_channels, config.cross_attention_dim), (codec.channels, codec.width)
-    fits = takes == gives and not config.get("addition_embed_type")
-    fits = fits and levels.prediction_type in ("epsilon", "v_prediction")
-    said = f"its UNet takes {takes} channels of {gives}, to predict {levels.prediction_type}"
-    need(fits, f"--model {o.model} is no Stable Diffusion 1.x: {said}")
+    levels = codec.scheduler.config
+    known = levels.prediction_type in ("epsilon", "v_prediction")
+    need(known, f"--model {o.model} predicts {levels.prediction_type}, not epsilon or v_prediction")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm: this model begins in noise: ddim")
     if o.motion_adapter:
         if not isinstance(policy, UNetMotionModel):
@@ -825,9 +822,11 @@ def load_models(o):
         targets = dict(target_modules=rf".*{where}.*\.to_(q|k|v|out\.0)")
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
-    with explained(f"--model {o.model} cannot be used", FOLDER_OR_ID, Exception), torch.no_grad():
-        x, n = torch.zeros(1, codec.channels, *[2] * bool(o.frames), 8, 8, device=o.device), 2 if o.frames else 1
-        policy(x, 1, encoder_hidden_states=codec.encode_text([""] * n))  # a configuration may hold anything: try it
+    takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
+    other = f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes {takes} channels of {gives}"
+    with explained(other, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may hold anything: it is tried
+        x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
+        policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
         codec.decode(x), codec.scheduler.add_noise(x, x, torch.tensor([1])), policy.to_json_string()
     return policy, codec
 
@@ -836,11 +835,10 @@ def load_models(o):
 def fill(tensors, path):
     """Loads {name: tensor} in place from a safetensors file, so without a second copy. Returns the file's metadata."""
     with explained(f"{path} cannot be read", RESTORE), safe_open(path, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        other = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
-        need(not other, f"{path} is of another model, which has no {', '.join(other[:1])} of this shape: {RESTORE}")
         for name, tensor in tensors.items():
-            tensor.copy_(file.get_tensor(name))
+            loaded = file.get_tensor(name)
+            need(loaded.shape == tensor.shape, f"{path} has another shape of {name}, from another run: {RESTORE}")
+            tensor.copy_(loaded)
         return file.metadata()
 
 
@@ -928,6 +926,7 @@ def untrained_mini():
 
 ROOM = "make room, or choose another --out; what was whole there is whole still"
 RESTORE, AGAIN = "restore it, or choose another --out (which several machines must share)", "fix it and rerun"
+LESS_MEMORY = "--micro-batch, --gradient-checkpointing, --generate-batch, --lora-rank"
 SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # is it learning? On the bar
 MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out given".split()
@@ -1003,13 +1002,15 @@ def begin(o, data, trainer):
     trains = sum(p.nbytes for p in trainer.trained.values()) / 1e9
     static = sum(held.values()) + 3 * trains  # gradients and moments
     gpu = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if o.device.type == "cuda" else 0
-    o.micro_batch = o.micro_batch or choose_micro_batch(o, 0.9 * gpu - static - 3.5)
+    room = 0.9 * gpu - static - 3.5
+    o.micro_batch = o.micro_batch or choose_micro_batch(o, room)
+    small = f" (this GPU has {gpu:.3g}: --lora-rank 4 needs far less)" if gpu and room < 0 else ""
     winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
     saved = trains if o.part != "unet" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
     print(
         f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}, micro-batches"
         f" of {o.micro_batch}, on {o.world} x {o.device}. {250 * trains:.1f} M weights train. {static:.3g} GB memory"
-        f" and activations; {6 * trains + checkpoints * saved:.3g} GB of disk, {checkpoints} checkpoints"
+        f" and activations{small}; {6 * trains + checkpoints * saved:.3g} GB of disk, {checkpoints} checkpoints"
     )
 
 
@@ -1033,17 +1034,17 @@ def save(o, trainer, data, update, interval_ends=True):
 
 def resume(o, trainer):
     """Restores the saved state. Returns the number of finished updates."""
-    path, metrics, done = o.out / "resume.safetensors", o.out / "metrics.jsonl", 0
-    saved = [(o.out / f"checkpoint-{n}").is_dir() for n in (*range(o.save_every, o.steps, o.save_every), o.steps)]
+    path, metrics = o.out / "resume.safetensors", o.out / "metrics.jsonl"
+    finished, begun = ((o.out / f"checkpoint-{n}").is_dir() for n in (o.steps, o.save_every))
     if path.exists():
         with explained(f"{path} cannot be read", RESTORE, Exception):
             progress = json.loads(fill(trainer.state, path)["progress"])
             done, ours = progress.pop("update"), progress.get("run", "") == trainer.progress["run"]
             need(ours and 0 < done <= o.steps, f"{path} is of another run: {RESTORE}")
         trainer.progress |= progress
-    elif any(saved):  # a finished run is finished, even without its largest file
-        need(saved[-1], f"{path} is missing, but there are checkpoints: {RESTORE}")
-        done = o.steps
+    else:
+        need(finished or not begun, f"{path} is missing, but there are checkpoints: {RESTORE}")
+        done = o.steps * finished
     ends = over_all(torch.tensor([done, -done], device=o.device), op=dist.ReduceOp.MIN)
     need(not ends.sum(), "the processes began at different updates: all machines must share the folder --out")
     if o.rank == 0 and metrics.exists():
@@ -1212,7 +1213,7 @@ def run(argv=None):  # the command's whole work; of the miniature the base model
         train(o)
 
 
-def main(argv=None, work=run, program="seppo.py", less="--micro-batch, --gradient-checkpointing, --generate-batch"):
+def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do; 130 after Ctrl-C."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
         library.logging.set_verbosity(50)  # critical: what goes wrong is said once, below

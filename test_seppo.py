@@ -258,32 +258,75 @@ def test_parquet_order_ties_and_broken_rows(tmp_path):
     assert [row[1] for row in rows_of(tmp_path / "data", 20, "--seed", "1")] != captions[:20]
 
 
-def test_only_the_row_groups_asked_for_are_read():
+def test_a_row_group_is_read_once_and_ahead_of_its_use():
     read = []
     groups = [(10, lambda g=g: read.append(g) or [(f"{g} {i}", None, None) for i in range(10)]) for g in range(12)]
     data = seppo.Winners(options("y"), "y", groups)
     assert len({data.row(n)[0] for n in range(10)}) == 10 and len(read) == 1
     assert sorted(data.row(n)[0] for n in range(120)) == sorted(f"{g} {i}" for g in range(12) for i in range(10))
+    read.clear()
+    one = seppo.Winners(options("y"), "y", [(4, lambda: read.append(1) or [("a", jpeg(0), None)] * 4)])
+    assert len([*one.fetch(range(40), 8)]) == 40 and len(read) == 1, "ten epochs"
+    several = seppo.Winners(options("y"), "y", [(4, lambda: read.append(1) or [("a", jpeg(0), None)] * 4)] * 20)
+    rows = several.fetch(range(80), 1)
+    next(rows), time.sleep(0.3)
+    assert len(read) == 1 + 2, "the group of the next rows is there before they are asked for"
     few = seppo.Winners(options("y", "--max-winners", 25), "y", groups)
     taken = {few.row(n)[0] for n in range(100)}
     assert few.total == 25 and taken == {f"{g} {i}" for g in range(3) for i in range(10) if 10 * g + i < 25}
 
 
-def test_the_hub_is_read_by_row_groups(monkeypatch):
-    rows, folder, read = pickapic_rows(40), Path("hub/datasets/me/pairs@abc/data"), []
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub's data set me/pairs, of revision abc, with a file of another split."""
+    rows, folder = pickapic_rows(40), Path("hub/datasets/me/pairs@abc/data")
     rows |= {f"jpg_{side}": [encoded(Image.effect_noise((256, 256), 99), "PNG") for _ in range(40)] for side in (0, 1)}
     for split in ("train", "test"):
         write_parquet(folder / f"{split}-0.parquet", rows)
     files = [argparse.Namespace(rfilename=f"data/{name}") for name in ("test-0.parquet", "train-0.parquet", "card.md")]
     info = argparse.Namespace(sha="abc", siblings=files)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: argparse.Namespace(dataset_info=lambda *_, **__: info))
+    at = lambda _, revision, **__: argparse.Namespace(**vars(info) | {"sha": revision or info.sha})
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: argparse.Namespace(dataset_info=at))
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda **_: DirFileSystem("hub", LocalFileSystem()))
+    monkeypatch.setattr(seppo, "PAUSES", (0.01, 0.02))
+    info.down, read = 0, LocalFileOpener.read  # how often a row group cannot be read
+
+    def drop(self, n=-1):
+        info.down -= n > 100_000
+        if n > 100_000 and info.down >= 0:
+            raise type("ConnectError", (Exception,), {})("no route")  # as httpx derives its errors
+        return read(self, n)
+
+    monkeypatch.setattr(LocalFileOpener, "read", drop)
+    return info
+
+
+def test_a_run_waits_for_the_network_and_keeps_its_revision(hub, pipeline, monkeypatch, capsys):
+    assert run(pipeline, "me/pairs", "--out", "straight") == 0
+    with monkeypatch.context() as patch:
+        stopped_after(2, patch)
+        hub.down = 2
+        assert run(pipeline, "me/pairs") == 130 and "next attempt in 0.02 s" in capsys.readouterr().out
+    hub.sha, hub.down = "def", 99
+    assert run(pipeline, "me/pairs") == 2
+    said = capsys.readouterr()
+    assert said.out.count("ConnectError: no route") == 2 and "ConnectError: no route" in said.err.splitlines()[-1]
+    hub.down = 0
+    assert run(pipeline, "me/pairs") == 0 == run(pipeline, "me/pairs@abc")
+    assert same(weights("run/checkpoint-4/unet"), weights("straight/checkpoint-4/unet"))
+    assert run(pipeline, "me/pairs@def") == 2 and "source was me/pairs@abc, is me/pairs@def" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: 1 / 0)  # no error of files
+    assert run(pipeline, "me/pairs", "--out", "x") == 2 and "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_hub_is_read_by_row_groups(hub, monkeypatch):
+    read, folder = [], Path("hub/datasets/me/pairs@abc/data")
     monkeypatch.setattr(LocalFileOpener, "read", lambda self, n=-1: read.append(self.f.read(n)) or read[-1])
     data = seppo.open_data(options("me/pairs"))
     assert data.total == 40 and data.source == "me/pairs@abc" and data[0][1].startswith("picture")
     share = sum(map(len, read)) / (folder / "train-0.parquet").stat().st_size
     assert 0.1 < share < 0.3, "a row group of ten, and the footer"
-    info.siblings = files[:1] * 2
+    hub.siblings = hub.siblings[:1] * 2
     pytest.raises(seppo.UserError, seppo.open_data, options("me/pairs"))
 
 
@@ -414,6 +457,14 @@ def test_a_useless_picture_is_replaced(kind, monkeypatch):
 def test_an_odd_picture_is_a_picture(kind):
     _, _, pixels, _, replaced = winners_of(("a", odd_pictures()[kind], None))[0]
     assert replaced == 0 and pixels.shape == (3, 64, 64) and pixels.mean().item() == pytest.approx(0.57, abs=0.03)
+
+
+def test_pillow_stays_as_it_was():
+    """For whoever imports seppo in a notebook."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("parameters", "a cat")
+    image = Image.open(io.BytesIO(encoded(Image.new("L", (64, 64)), "PNG", pnginfo=notes, dpi=(300, 300))))
+    assert image.text == {"parameters": "a cat"} and image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
 def test_transparency_lies_on_white():
@@ -672,6 +723,10 @@ def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeyp
     bad, calls[:] = lambda at: True, []
     assert run(pipeline, pairs, *argv, "--out", "bad") == 2
     assert "three updates in a row" in capsys.readouterr().err and len(metrics("bad")) == 2
+    bad = lambda at: at == 2 + call
+    calls.clear()
+    assert run(pipeline, pairs, *argv, "--steps", 2, "--out", "last") == 2, "two updates are a try of a card"
+    assert "the last update was skipped" in capsys.readouterr().err
 
 
 def test_numeric_path_is_checked(pipeline, pairs, monkeypatch, capsys):
@@ -686,6 +741,10 @@ def test_numeric_path_is_checked(pipeline, pairs, monkeypatch, capsys):
 def test_resume_is_bit_equal(pipeline, pairs, monkeypatch, capsys):
     """Ctrl-C in an update, at a checkpoint or between two; a state that is never older than SAVE_SECONDS."""
     assert run(pipeline, pairs, "--out", "straight") == 0
+    with monkeypatch.context() as patch:
+        stopped_after(0, patch)
+        assert run(pipeline, pairs, "--out", "begun") == 130
+    assert capsys.readouterr().err.endswith("\nseppo.py: interrupted; the same command continues\n"), "its own line"
     for out, seconds, first in (("run", 600, 2), ("young", 0, 3)):
         with monkeypatch.context() as patch:
             patch.setattr(seppo, "SAVE_SECONDS", seconds)
@@ -695,9 +754,42 @@ def test_resume_is_bit_equal(pipeline, pairs, monkeypatch, capsys):
         assert len(metrics(out)) == 3 and not Path(out, "checkpoint-4").exists()
         done = json.loads(safe_open(f"{out}/resume.safetensors", "pt").metadata()["progress"])["update"]
         assert done == first, "no more is done again than must be"
+        Path(out, "samples/step-0.png").write_bytes(b"torn")
         assert run(pipeline, pairs, "--out", out) == 0
+        assert Image.open(f"{out}/samples/step-4.png").height == 96, "drawn without the base's row"
         assert same(weights(f"{out}/checkpoint-4/unet"), weights("straight/checkpoint-4/unet"))
         assert without_clocks(metrics(out)) == without_clocks(metrics("straight")), "as if nothing had happened"
+
+
+def test_a_state_of_another_run_is_refused(pipeline, pairs, monkeypatch, capsys):
+    """What was trained stays; an option that an older file lacks has its default."""
+    argv, path = ["--lora-rank", 4], Path("run/resume.safetensors")
+    assert run(pipeline, pairs, *argv) == 0 == run(pipeline, pairs, *argv, "--seed", 1, "--out", "other")
+    assert run(pipeline, pairs, "--lora-rank", 1, "--out", "small") == 0
+    lines, own, config = metrics(), path.read_bytes(), json.loads(Path("run/config.json").read_text())
+    state, progress = load_file(path), json.loads(safe_open(path, "pt").metadata()["progress"])
+    late = {"progress": json.dumps(progress | {"update": 99})}
+    for says, change in {
+        "from another run": lambda: shutil.copy("small/resume.safetensors", path),
+        "of another run": lambda: shutil.copy("other/resume.safetensors", path),
+        f"{path} is of another run": lambda: save_file(state, path, late),
+        "TypeError": lambda: save_file(state, path),
+        "is missing, but there are checkpoints": lambda: path.unlink() or shutil.rmtree("run/checkpoint-4"),
+    }.items():
+        change()
+        assert run(pipeline, pairs, *argv) == 2 and says in capsys.readouterr().err.splitlines()[-1], says
+        assert metrics() == lines and Path("run/checkpoint-2").is_dir()
+    path.write_bytes(own)
+    for text in ("[]", "null", '{"options": null}'):
+        Path("run/config.json").write_text(text)
+        assert run(pipeline, pairs, *argv) == 2 and "config.json cannot be read" in capsys.readouterr().err
+    del config["options"]["solver"]
+    Path("run/config.json").write_text(json.dumps(config))
+    Path("other/resume.safetensors").unlink()
+    for folder in ("run", "other"):
+        assert run(pipeline, pairs, *argv, *["--seed", 1] * (folder == "other"), "--out", folder) == 0
+    assert "older than solver: the default" in capsys.readouterr().out and metrics() == lines == lines
+    assert len(metrics("other")) == 4, "a finished run needs no state"
 
 
 def test_a_pool_that_is_not_whole_is_named(pipeline, pairs, monkeypatch, capsys):
