@@ -265,7 +265,7 @@ class Trainer:
         logit = 0.5 * o.beta * gaps.abs().max().item()
         print(f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart")
         need(
-            logit < 0.3, "self-check: policy and reference are not on one numeric path: signs would be rounding noise"
+            logit < 0.3, f"self-check: {logit:.2g} of a logit: not on one numeric path, signs would be rounding noise"
         )
 
     @torch.no_grad()
@@ -409,7 +409,7 @@ def need(condition, message):
 @contextlib.contextmanager
 def explained(what, advice, kinds=(OSError, ValueError, LookupError, RuntimeError, SafetensorError)):
     """Errors in the user's files become one line, programming errors keep their traceback. kinds: `Exception` around
-    a library that reads such a file, which may raise anything; a broken connection is none of these errors."""
+    libraries that read such a file or a network: they raise anything."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -420,8 +420,7 @@ def explained(what, advice, kinds=(OSError, ValueError, LookupError, RuntimeErro
         raise UserError(f"{what}: {reason} ({advice})") from error
 
 
-def over_all(*tensors, op=dist.ReduceOp.SUM):
-    """Reduces tensors over all processes, in place. Returns the first."""
+def over_all(*tensors, op=dist.ReduceOp.SUM):  # reduces them over all processes, in place, and returns the first
     with explained("another process of this run has ended", "its message says why"):
         for tensor in tensors if dist.is_initialized() else ():
             dist.all_reduce(tensor, op)
@@ -925,7 +924,7 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; what was whole there is whole still"
-RESTORE, AGAIN = "restore it, or choose another --out (which several machines must share)", "fix it and rerun"
+RESTORE, AGAIN = "restore it, or choose another --out; several machines must share it", "fix it and rerun"
 LESS_MEMORY = "--micro-batch, --gradient-checkpointing, --generate-batch, --lora-rank"
 SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # is it learning? On the bar
@@ -1140,11 +1139,7 @@ def parse_args(argv=None):
     add("--solver", default="dpm++", choices=SOLVERS, help="the diffusers scheduler")
     add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="its steps: most of a run's cost")
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="its classifier-free guidance scale, 1: none")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the net that generates: on a GPU 1.2 times as fast, after minutes",
-    )
+    add("--compile", action="store_true", help="compile the net that generates: 1.2 times as fast, after minutes")
     add("--device", help="cpu, cuda or cuda:1 [what there is]")
     add("--dtype", "--mixed_precision", choices=("fp16", "fp32"), help="of the error passes [fp16 on a GPU]")
     given, _ = parser.parse_known_args(argv)
@@ -1182,7 +1177,8 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
     fits = all(map(str.isdigit, places)) and (alone or {"RANK", "MASTER_ADDR"} <= {*env})
     need(fits, f"{', '.join(names)} and MASTER_ADDR are not as torchrun sets them: start with torchrun, or unset them")
     o.rank, o.world, local = map(int, places)
-    with warnings.catch_warnings(record=True, action="always") as said:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for warning in said:  # an old driver: then the run would go on without its GPU
         print(f"torch finds no usable GPU: {' '.join(str(warning.message).split())}")

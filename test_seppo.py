@@ -307,6 +307,7 @@ def test_a_run_waits_for_the_network_and_keeps_its_revision(hub, pipeline, monke
         stopped_after(2, patch)
         hub.down = 2
         assert run(pipeline, "me/pairs") == 130 and "next attempt in 0.02 s" in capsys.readouterr().out
+    Path("hub/datasets/me/pairs@def").symlink_to("pairs@abc")
     hub.sha, hub.down = "def", 99
     assert run(pipeline, "me/pairs") == 2
     said = capsys.readouterr()
