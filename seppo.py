@@ -473,7 +473,7 @@ class Winners:
                 tqdm.write(f"{error}; next attempt in {self.left[0]} s")
             self.stop.wait(self.left.pop(0))
 
-    @functools.lru_cache(16)
+    @functools.lru_cache(8)
     def shuffled(self, n, *names):
         return random.Random(key(self.o.seed, *names)).sample(range(n), n)
 
@@ -606,8 +606,10 @@ def open_data(o):
             rows = folder_rows(folder, FILMS if o.frames else PICTURES)
     if not rows:
         need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
-        source = recorded(o).get("source", "")
-        return Winners(o, *parquet_groups(source if source.startswith(f"{o.data}@") else o.data))  # at its revision
+        then = recorded(o)
+        source = then.get("source", "")  # of the hub with its revision, at which the run goes on
+        same = o.data in (then.get("data"), source.partition("@")[0])
+        return Winners(o, *parquet_groups(source if same else o.data))
     return Winners(o, o.data, [(len(rows), lambda: rows)])
 
 
