@@ -408,8 +408,7 @@ def need(condition, message):
 
 @contextlib.contextmanager
 def explained(what, advice, kinds=(OSError, ValueError, LookupError, RuntimeError, SafetensorError)):
-    """Errors in the user's files become one line, programming errors keep their traceback. kinds: `Exception` around
-    libraries that read such a file or a network: they raise anything."""
+    """Errors in the user's files become one line. kinds: `Exception` only around libraries: they raise anything."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -445,12 +444,11 @@ def draws(seed, positions, shape, timesteps, dropout):
 class Winners:
     """The rows by position. They come in groups that are read whole; per epoch groups are shuffled, and rows in each.
     One without caption or picture is replaced by another, and counted. groups: [(n, read)], where read() -> n rows:
-    (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels.
-    pauses: the seconds after which it tries again to read a group."""
+    (caption, winner, loser or None), or None in the place of a tie. A picture is bytes, a path, or pixels."""
 
     def __init__(self, o, source, groups, pauses=()):
         self.o, self.source, self.groups, self.total = o, source, [], 0
-        self.pauses, self.left, self.stop = pauses, [*pauses], threading.Event()
+        self.pauses, self.left, self.stop = pauses, [*pauses], threading.Event()  # before it reads a group again
         for n, read in groups:
             n = min(n, (o.max_winners or n + self.total) - self.total)
             self.groups += [(n, read, threading.Lock())] if n else []
@@ -803,8 +801,7 @@ def load_models(o):
     with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
     levels = codec.scheduler.config
-    known = levels.prediction_type in ("epsilon", "v_prediction")
-    need(known, f"--model {o.model} predicts {levels.prediction_type}, not epsilon or v_prediction")
+    need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} predicts {levels.prediction_type}")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm: this model begins in noise: ddim")
     if o.motion_adapter:
         if not isinstance(policy, UNetMotionModel):
@@ -833,8 +830,7 @@ def load_models(o):
 
 
 @torch.no_grad()
-def fill(tensors, path):
-    """Loads {name: tensor} in place from a safetensors file, so without a second copy. Returns the file's metadata."""
+def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in place, and returns the file's metadata
     with explained(f"{path} cannot be read", RESTORE), safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             loaded = file.get_tensor(name)
@@ -1033,8 +1029,7 @@ def save(o, trainer, data, update, interval_ends=True):
         over_all(torch.zeros((), device=o.device)).item()  # a barrier: the other processes will read it
 
 
-def resume(o, trainer):
-    """Restores the saved state. Returns the number of finished updates."""
+def resume(o, trainer):  # restores the saved state, and returns the number of finished updates
     path, metrics = o.out / "resume.safetensors", o.out / "metrics.jsonl"
     finished, begun = ((o.out / f"checkpoint-{n}").is_dir() for n in (o.steps, o.save_every))
     if path.exists():
@@ -1200,8 +1195,8 @@ def run(argv=None):  # the command's whole work; of the miniature the base model
     o = parse_args(argv)
     if o.world > 1:
         with explained("the processes cannot find each other", "start them with torchrun", Exception):
-            # process 0 may write 14 GB to a slow disk while the others wait
-            dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl", timeout=timedelta(hours=2))
+            backend = "gloo" if o.device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))  # process 0 may write 14 GB to a slow disk
     with lock(o):
         if o.model == "mini":
             base = parse_args(["--model", "mini-untrained", "--out", MINI_BASE, "--device", str(o.device)])
@@ -1218,8 +1213,7 @@ def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     speaks = re.fullmatch("0*", os.environ.get("RANK", "0"))
-    if not speaks:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = sys.stdout if speaks else open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that the console's encoding lacks
     said = {KeyboardInterrupt: "interrupted; the same command continues"}
