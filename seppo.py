@@ -205,7 +205,7 @@ class Trainer:
 
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
-        self.reference, self.reference_index, self.half_copy = None, None, None
+        self.reference, self.reference_index, self.half_copy, self.captions = None, None, None, None
         if o.loser != "none":  # a copy that shares the frozen weights: deepcopy does not copy objects in its memo
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
@@ -426,8 +426,7 @@ def need(condition, message):
 
 @contextlib.contextmanager
 def explained(what, advice, kinds=(OSError, ValueError, LookupError, RuntimeError, SafetensorError)):
-    """Errors in the user's files become one line, programming errors keep their traceback. kinds: `Exception` around
-    libraries that read such a file or a network: they raise anything."""
+    """Errors in the user's files become one line. kinds: `Exception` only around libraries: they raise anything."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -468,7 +467,7 @@ class Winners:
 
     def __init__(self, o, source, groups, pauses=()):
         self.o, self.source, self.groups, self.total, self.unusable = o, source, [], 0, {}
-        self.pauses, self.left, self.stop = pauses, [*pauses], threading.Event()
+        self.pauses, self.left, self.stop = pauses, [*pauses], threading.Event()  # before it reads a group again
         for n, read in groups:
             n = min(n, (o.max_winners or n + self.total) - self.total)
             self.groups += [(n, read, threading.Lock())] if n else []
@@ -491,7 +490,7 @@ class Winners:
                 tqdm.write(f"{error}; next attempt in {self.left[0]} s")
             self.stop.wait(self.left.pop(0))
 
-    @functools.lru_cache(16)
+    @functools.lru_cache(8)
     def shuffled(self, n, *names):
         return random.Random(key(self.o.seed, *names)).sample(range(n), n)
 
@@ -635,8 +634,10 @@ def open_data(o):
             rows = folder_rows(folder, FILMS if o.frames else PICTURES)
     if not rows:
         need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
-        source = recorded(o).get("source", "")
-        return Winners(o, *parquet_groups(source if source.startswith(f"{o.data}@") else o.data))  # at its revision
+        then = recorded(o)
+        source = then.get("source", "")  # of the hub with its revision, at which the run goes on
+        same = o.data in (then.get("data"), source.partition("@")[0])
+        return Winners(o, *parquet_groups(source if same else o.data))
     return Winners(o, o.data, [(len(rows), lambda: rows)])
 
 
@@ -842,8 +843,7 @@ def load_models(o):
     with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
     levels = codec.scheduler.config
-    known = levels.prediction_type in ("epsilon", "v_prediction")
-    need(known, f"--model {o.model} predicts {levels.prediction_type}, not epsilon or v_prediction")
+    need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} predicts {levels.prediction_type}")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm: this model begins in noise: ddim")
     if not o.frames and (made := codec.factor * (policy.config.sample_size or 0)) not in (0, o.resolution):
         print(f"{where} was made at {made} pixels, --resolution is {o.resolution}")
@@ -875,8 +875,7 @@ def load_models(o):
 
 
 @torch.no_grad()
-def fill(tensors, path):
-    """Loads {name: tensor} in place from a safetensors file, so without a second copy. Returns the file's metadata."""
+def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in place, and returns the file's metadata
     with explained(f"{path} cannot be read", RESTORE), safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             loaded = file.get_tensor(name)
@@ -1086,8 +1085,7 @@ def save(o, trainer, captions, update, interval_ends=True):
         over_all(torch.zeros((), device=o.device)).item()  # a barrier: the other processes will read it
 
 
-def resume(o, trainer):
-    """Restores the saved state. Returns the number of finished updates."""
+def resume(o, trainer):  # restores the saved state, and returns the number of finished updates
     path, metrics = o.out / "resume.safetensors", o.out / "metrics.jsonl"
     finished, begun = ((o.out / f"checkpoint-{n}").is_dir() for n in (o.steps, o.save_every))
     if path.exists():
@@ -1313,8 +1311,8 @@ def run(argv=None):  # the command's whole work
     o = parse_args(argv)
     if o.world > 1:
         with explained("the processes cannot find each other", "start them with torchrun", Exception):
-            # process 0 may write 14 GB to a slow disk while the others wait
-            dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl", timeout=timedelta(hours=2))
+            backend = "gloo" if o.device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))  # process 0 may write 14 GB to a slow disk
     with lock(o):
         train(o)
 
@@ -1326,8 +1324,7 @@ def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     speaks = re.fullmatch("0*", os.environ.get("RANK", "0"))
-    if not speaks:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = sys.stdout if speaks else open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that the console's encoding lacks
     said = {KeyboardInterrupt: "interrupted; the same command continues"}

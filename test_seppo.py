@@ -1780,4 +1780,4 @@ def test_slow_two_processes_are_one(tmp_path, how):
         fcntl.flock(held, fcntl.LOCK_EX)
         said = process(*argv, "--out", "run2", torchrun=2).stderr
     assert "another command works on run2" in said and "another process of this run has ended" in said
-    assert said.count("Traceback") == said.count("ChildFailedError"), "torchrun's own"
+    assert said.count("Traceback") == 1, "torchrun's own"

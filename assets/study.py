@@ -48,9 +48,9 @@ METHODS = {name: ["--method", name] for name in ("seppo", "sspo", "spin", "sft",
 MODES = ("independent draw", "8 draws", "coin", "batch's mean", "previous mean", "oracle")  # see Anchored
 FORMS = {f"{mode}, {flip}": ["--flip", flip] for mode in MODES for flip in ("sign", "indicator")} | {"half": []}
 OWN = ("seppo", "sspo", "random, no flip")  # the same with the own draw: sign, indicator, and without a sign
-LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4), (5, 125, 1000)
+LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4), (5, 250, 2000)  # logits of about 0.01, 0.3 and 2
 GRID_SEEDS, FORM_SEEDS, FRESH_SEEDS = (0, 1), range(4), range(10, 18)
-CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 125)]  # where the forms of the sign are compared
+CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 250)]  # where the forms of the sign are compared
 CELLS += [("near", 1e-4, 5), ("near", 3e-4, 5), ("near", 3e-5, 5)]
 
 # ---- What is measured -----------------------------------------------------------------------------------------------
