@@ -1641,9 +1641,9 @@ def test_the_sign_against_a_planted_truth(tmp_path, monkeypatch):
 
 def planted(world, variant, lr, beta, seed):
     """A score: the base model has 0.5, seppo a broad peak and a lucky cell, sft a low peak, the others nothing."""
-    (best_lr, best_beta), gain = {"seppo": ((1e-4, 125), 0.2), "sft": ((3e-5, 0), 0.1)}.get(variant, ((0, 0), 0))
+    (best_lr, best_beta), gain = {"seppo": ((1e-4, 250), 0.2), "sft": ((3e-5, 0), 0.1)}.get(variant, ((0, 0), 0))
     steps = abs(study.LR.index(lr) - study.LR.index(best_lr)) + (beta != best_beta) if best_lr else 0
-    return 0.5 + gain - 0.05 * steps + 0.12 * ((variant, lr) == ("seppo", 1e-5) and beta == 125) + 0.01 * (seed % 2)
+    return 0.5 + gain - 0.05 * steps + 0.12 * ((variant, lr) == ("seppo", 1e-5) and beta == 250) + 0.01 * (seed % 2)
 
 
 def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
@@ -1663,7 +1663,7 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
 
     code, (untuned, tuned, less, _) = report(*made.values())
     found = [tuned["seppo", "near"][name] for name in ("lr", "beta", "score")]
-    assert found == ["0.0001", "125", "0.705 ± 0.004"], "Student's t for 8 seeds: 2.365 x 0.0053 / sqrt(8)"
+    assert found == ["0.0001", "250", "0.705 ± 0.004"], "Student's t for 8 seeds: 2.365 x 0.0053 / sqrt(8)"
     assert tuned["initial, sign", "far"]["score"] == "0.505 ± 0.009" and tuned["base", "far"]["score"] == "0.500"
     assert code == 0 and less["seppo", "far"]["score less sft"] == "**+0.100 ± 0.000**"
     names = ("mean gain", "worst run", "near: mean gain", "near: worst run", "above tuned sft", "one step of lr up")
