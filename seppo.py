@@ -1,16 +1,17 @@
 """SePPO: Semi-Policy Preference Optimization (Zhang et al., arXiv 2410.05255), in one file.
 
-Align a diffusion model with what people like, from liked pictures alone: no losing pictures, no reward model. An
-earlier checkpoint of the run, the reference, generates the sample that stands where DPO has the loser; an anchor
-criterion decides, sample by sample, whether to push away from it or to learn from it too.
+SePPO aligns a diffusion model using only images people like: it needs no losing images and no reward model. An earlier
+checkpoint of the run, the reference, generates the sample that takes the place of DPO's loser. An anchor criterion
+decides for each sample whether to push away from it or to learn from it too.
 
-    python seppo.py                                                            # a miniature: two CPU cores, minutes
+    python seppo.py                                                            # a toy task: minutes on two CPU cores
     python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
-    python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your own pictures
+    python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your own images
     python seppo.py --model DIR_OR_ID --motion-adapter DIR_OR_ID --data CLIPS  # text-to-video
 
-The same command again resumes. Sections 1 to 4 are the paper, 5 to 8 what it takes to run it. Left out on purpose:
-SDXL, weight averaging, trackers (metrics.jsonl has it all), the safety checker (training never leaves latent space).
+Run the same command again to resume. Sections 1 to 4 are the paper, sections 5 to 8 are what it takes to run it. Left
+out on purpose: SDXL, weight averaging, trackers (metrics.jsonl has all numbers), the safety checker (training never
+leaves latent space).
 """
 
 import argparse
@@ -265,10 +266,8 @@ class Trainer:
             _, m = batch_loss(*nets, self.codec.scheduler, x_w, eps, t, context, x_r)
         gaps = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
         logit = 0.5 * o.beta * gaps.abs().max().item()
-        print(f"self-check: at equal weights policy and reference are {logit:.2g} of a logit apart")
-        need(
-            logit < 0.3, f"self-check: {logit:.2g} of a logit: not on one numeric path, signs would be rounding noise"
-        )
+        print(f"Self-check: at equal weights, policy and reference are {logit:.2g} of a logit apart.")
+        need(logit < 0.3, f"self-check: {logit:.2g} of a logit apart: signs would be rounding, not one numeric path")
 
     @torch.no_grad()
     def anchor_sign(self, batch, texts, noise_r):
@@ -288,6 +287,11 @@ class Trainer:
         rest = self.empty, o.solver, o.sampler_steps, o.guidance
         with self.autocast(enabled=o.dtype == "fp16" and net is not self.sampling_net):
             return torch.cat([sample(net, self.codec.scheduler, *batch, *rest) for batch in batches])
+
+    def draw(self, captions):  # -> (n, 3, [F,] R, R) images of the policy, always from the same noise
+        *_, noise = draws("samples", range(len(captions)), self.shape, 1, 0)
+        latents = self.generate(self.policy, noise.to(self.o.device), self.codec.encode_text(captions))
+        return self.codec.decode(latents).cpu()
 
     def gradient(self, rows):
         """Adds the gradient of these rows' summed loss, and their statistics, to those of the update under way."""
@@ -364,15 +368,16 @@ def train(o, kind=Trainer):
     """A run from its options: begins it, or goes on where the same command stopped."""
     data = open_data(o)
     policy, codec = load_models(o)
-    base = copy.deepcopy(policy) if o.model in MINI else None
     trainer = kind(o, policy, codec)
     begin(o, data, trainer)
     if trainer.reference:
         trainer.check_numeric_path()
-    captions = [data[i][1] for i in range(12 if base else 4)] if o.rank == 0 else []  # of the sample images
+    captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4)] if o.rank == 0 else []
+    base = trainer.draw(captions) if o.rank == 0 else None  # what the policy draws before it is trained
+    shown = captions, base
     done = resume(o, trainer)
     if done == 0:
-        save(o, trainer, captions, 0)  # the base model is checkpoint 0 of the pool
+        save(o, trainer, shown, 0)  # the base model is checkpoint 0 of the pool
     share = o.batch_size // o.world  # of each device, of every update
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
     chunk *= 4 if o.flip == "indicator" else 1  # where about half need an x^r: full batches all the same
@@ -400,14 +405,17 @@ def train(o, kind=Trainer):
             bar.set_postfix({name: f"{m[name]:.3g}" for name in SHOWN if m[name] is not None}, refresh=False)
             interval_ends = (update + 1) % o.save_every == 0 or update + 1 == o.steps
             if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
-                save(o, trainer, captions, update + 1, interval_ends)
+                save(o, trainer, shown, update + 1, interval_ends)
                 saved = time.monotonic()
     if data.unusable:
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {CALMER}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model and the policy.")
-    if base:
-        print(mini_result(trainer, base), "Next: python eval.py measures it. README.md: train on your own images.")
+    if o.model in MINI and o.rank == 0:
+        before, after = (mini_score(pixels, captions) for pixels in (base, trainer.draw(captions)))
+        better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
+        print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
+        print("Next: python eval.py measures it with error bars; README.md says how to train on your own images.")
     print(how_to_load(o))
 
 
@@ -416,7 +424,7 @@ def train(o, kind=Trainer):
 
 
 class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
+    """Something the user can fix: printed as one line, exit code 2."""
 
 
 def need(condition, message):
@@ -467,7 +475,7 @@ class Winners:
 
     def __init__(self, o, source, groups, pauses=()):
         self.o, self.source, self.groups, self.total, self.unusable = o, source, [], 0, {}
-        self.pauses, self.left, self.stop = pauses, [*pauses], threading.Event()  # before it reads a group again
+        self.pauses, self.stop = pauses, threading.Event()
         for n, read in groups:
             n = min(n, (o.max_winners or n + self.total) - self.total)
             self.groups += [(n, read, threading.Lock())] if n else []
@@ -476,19 +484,18 @@ class Winners:
 
     @functools.lru_cache(6)  # so many stay in memory: 3 GB of Pick-a-Pic
     def group(self, g):
-        """A group's rows, without the ties. Where the network fails, it waits and tries again."""
+        """A group's rows, without the ties. If the network fails, it waits and tries again."""
         n, read, _ = self.groups[g]
-        while True:
+        for pause in (*self.pauses, None):
             try:
                 with explained(f"--data {self.source}, row group {g} cannot be read", AGAIN):
                     rows = [row for row in read()[:n] if row]
-                self.left = [*self.pauses]
-                return rows
+                return rows or [("a tie", "its row group holds only ties", None)]
             except UserError as error:
-                if not self.left or self.stop.is_set():
+                if pause is None or self.stop.is_set():
                     raise
-                tqdm.write(f"{error}; next attempt in {self.left[0]} s")
-            self.stop.wait(self.left.pop(0))
+                tqdm.write(f"{error}; next attempt in {pause} s")
+            self.stop.wait(pause)
 
     @functools.lru_cache(8)
     def shuffled(self, n, *names):
@@ -499,15 +506,10 @@ class Winners:
         epoch, place = divmod(position, self.total)
         order = self.shuffled(len(self.groups), "groups", epoch)
         ends = [*itertools.accumulate(self.groups[g][0] for g in order)]
-        at = bisect.bisect(ends, place)
-        with self.groups[order[at]][2]:  # several threads ask, one reads
-            rows = self.group(order[at])
-        n, place = len(rows), place - ends[at]
-        return (
-            rows[self.shuffled(n, "rows", epoch, order[at])[place % n]]
-            if rows
-            else ("a tie", "its row group holds only ties", None)
-        )
+        g = order[at := bisect.bisect(ends, place)]
+        with self.groups[g][2]:  # one thread reads a group, the others wait for it
+            rows = self.group(g)
+        return rows[self.shuffled(len(rows), "rows", epoch, g)[(place - ends[at]) % len(rows)]]
 
     def __getitem__(self, position):
         """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were of no use."""
@@ -549,7 +551,6 @@ class Winners:
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow may open: others start programs, or follow paths
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
 FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
-PNG_NOTES = {name.encode() for name in "tEXt zTXt iTXt iCCP pHYs gAMA sRGB cHRM".split()}
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
 
 
@@ -570,22 +571,11 @@ def to_pixels(picture, o, flip=False, start=0.0):
     return picture.flip(-1) if flip else picture
 
 
-def without_notes(png):
-    """A PNG without its text and colour profiles, which Pillow refuses if they are large; any other file as it is."""
-    kept, at = bytearray(png[:8]), 8
-    while png[:4] == b"\x89PNG" and at < len(png):
-        chunk = png[at : at + 12 + int.from_bytes(png[at : at + 4], "big")]
-        kept += chunk if chunk[4:8] not in PNG_NOTES else b""
-        at += len(chunk)
-    return bytes(kept) + png[at:]
-
-
 def read_picture(picture):
     """Bytes, a path (no string: what somebody's Parquet names is not opened), or a dict as `datasets` stores them."""
     picture = picture["bytes"] if isinstance(picture, dict) else picture
     need(picture is not None, "jpg_0 or jpg_1 has no bytes (a path is not opened): save the pictures in the Parquet")
-    data = without_notes(picture.read_bytes() if isinstance(picture, Path) else picture)
-    with Image.open(io.BytesIO(data), formats=KINDS) as image:
+    with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
         need(image.width * image.height <= 64e6, f"{image.width * image.height / 1e6:.0f} megapixels, the limit is 64")
         image.load()  # before its metadata, which may be anything
         with contextlib.suppress(Exception):
@@ -769,22 +759,18 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), a draw from the VAE's posterior
-        posterior = self.vae.encode(as_pictures(pixels).to(self.vae.dtype)).latent_dist
-        latents = posterior.mean.float() + posterior.std.float() * as_pictures(noise)
-        return as_clips(latents * self.vae.config.scaling_factor, noise)
+        if pixels.ndim == 5:  # clips (B, 3, F, 8 h, 8 w): each is a batch of frames
+            frames = (self.encode(x.movedim(1, 0), e.movedim(1, 0)) for x, e in zip(pixels, noise))
+            return torch.stack([*frames]).movedim(1, 2)
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents):  # back, clamped to [-1, 1]
-        pixels = self.vae.decode(as_pictures(latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return as_clips(pixels.float().clamp(-1, 1), latents)
-
-
-def as_pictures(x):  # clips (B, C, F, h, w) -> their frames (B F, C, h, w); pictures stay
-    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-
-
-def as_clips(x, like):  # the way back, where `like` is of clips
-    return x.unflatten(0, (len(like), -1)).transpose(1, 2) if like.ndim == 5 else x
+    def decode(self, latents):  # the way back, clamped to [-1, 1]
+        if latents.ndim == 5:
+            return torch.stack([self.decode(x.movedim(1, 0)) for x in latents]).movedim(1, 2)
+        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return pixels.float().clamp(-1, 1)
 
 
 def load_whole(kind, name, subfolder="", **options):
@@ -834,11 +820,8 @@ def load_models(o):
             need(fits, f"--model {o.model} has the tokenizer of another model, or none")
         codec = StableDiffusion(tokenizer, text.to(o.device), vae.to(o.device), scheduler)
     where = o.unet or (str(MINI_BASE) if o.model == "mini" else o.model)
-    there = where != str(MINI_BASE) or MINI_BASE.is_dir()
-    need(
-        there,
-        f"no {MINI_BASE}: copy it too, or run seppo.py --model mini-untrained, then --unet runs/mini-untrained-sft",
-    )
+    train_it = "python seppo.py --model mini-untrained, then add --unet runs/mini-untrained-sft"
+    need(where != str(MINI_BASE) or MINI_BASE.is_dir(), f"{MINI_BASE} is missing: copy it, or train it by {train_it}")
     kinds = ["UNet2DConditionModel", *["UNetMotionModel"] * bool(o.motion_adapter and o.unet)]
     with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
@@ -973,7 +956,6 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; what was whole there is whole still"
-HEAD, MARGIN = 40, 120  # pixels above and beside the sample images
 RESTORE, AGAIN = "restore it, or choose another --out; several machines must share it", "fix it and rerun"
 LESS_MEMORY = "--micro-batch, --gradient-checkpointing, --generate-batch, --lora-rank"
 SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
@@ -1013,13 +995,13 @@ def lock(o):
 
 
 def choose_micro_batch(o, room):
-    """Where none is given: the largest power of two that divides this device's share and whose activations fit into
-    `room` GB, by Stable Diffusion 1.5's 2.5 GB a winner (512 pixels, fp16). Without a GPU it is 1."""
+    """The largest power of two that divides this device's share and whose activations fit into `room` GB, assuming SD
+    1.5's 2.5 GB per winner (512 pixels, fp16); 1 without a GPU."""
     each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)
     each *= 0.25 if o.gradient_checkpointing else 1
     most = 65535 // (2 * (o.resolution // 8) ** 2) if o.frames else 64  # sequences that a temporal kernel takes
-    fits = [n for n in (1, 2, 4, 8, 16, 32, 64) if o.batch_size // o.world % n == 0 and n * each <= room and n <= most]
-    return max(fits, default=1)
+    fits = lambda n: o.batch_size // o.world % n == 0 and n * each <= room and n <= most
+    return max(filter(fits, (2, 4, 8, 16, 32, 64)), default=1)
 
 
 def recorded(o):  # the options in config.json of --out, none for a new run
@@ -1051,26 +1033,22 @@ def begin(o, data, trainer):
     trains = sum(p.nbytes for p in trainer.trained.values()) / 1e9
     static = sum(held.values()) + 3 * trains  # gradients and moments
     gpu = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if o.device.type == "cuda" else 0
-    room = 0.9 * gpu - static - 3.5
-    o.micro_batch = o.micro_batch or choose_micro_batch(o, room)
-    small = f" (this GPU has {gpu:.3g}: --lora-rank 4 needs far less)" if gpu and room < 0 else ""
+    o.micro_batch = o.micro_batch or choose_micro_batch(o, 0.9 * gpu - static - 3.5)
     winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
     saved = trains if o.part != "unet" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
     disk, free = 6 * trains + checkpoints * saved, shutil.disk_usage(o.out).free / 1e9
     print(
-        f"{winners:,} winners: {winners / data.total:.2g} epochs of {data.total} rows of {data.source}, micro-batches"
-        f" of {o.micro_batch}, on {o.world} x {o.device}. {250 * trains:.1f} M weights train. {static:.3g} GB memory"
-        f" and activations{small}. {checkpoints} checkpoints and the state to resume from take {disk:.3g} GB of disk,"
-        f" {'MORE than' if disk > free else 'of'} the {free:.3g} GB that are free"
+        f"Training on {winners:,} preferred images (winners), {winners / data.total:.2g} epochs of the {data.total} of"
+        f" {data.source}: {o.batch_size} per update, {o.micro_batch} at a time, on {o.world} x {o.device}.\n"
+        f"{250 * trains:.1f} M weights train. Memory: {static:.3g} GB{f' of {gpu:.3g}' * bool(gpu)} and activations."
+        f" Disk: {disk:.3g} GB, {'MORE than' if disk > free else 'of'} the {free:.3g} GB that are free."
     )
 
 
-def save(o, trainer, captions, update, interval_ends=True):
+def save(o, trainer, shown, update, interval_ends=True):
     """The picture, the pool's next checkpoint, then the state to resume from: a kill repeats work, and loses none."""
     if o.rank == 0 and interval_ends:
-        sample_pictures(o, trainer, captions, update)
-        if trainer.pairs:
-            show_anchors(o, trainer, update)
+        sample_pictures(o, trainer, shown, update)
         with whole(o.out / f"checkpoint-{update}") as folder:
             if o.part == "lora":
                 adapters = {name.replace(".default.", "."): p.data for name, p in trainer.trained.items()}
@@ -1106,96 +1084,66 @@ def resume(o, trainer):  # restores the saved state, and returns the number of f
     return done
 
 
-def sample_pictures(o, trainer, captions, update):
-    """samples/step-N.png: the same captions and noise at every N, the base model above and the policy below it."""
-    base, label = o.out / "samples" / "step-0.png", f"update {update}" if update else "base model"
-    *_, noise = draws("samples", range(len(captions)), trainer.shape, 1, 0)
-    pixels = trainer.generate(trainer.policy, noise.to(o.device), trainer.codec.encode_text(captions))
-    pixels, rows = trainer.codec.decode(pixels).cpu(), {}
-    with contextlib.suppress(Exception):  # without the base model's row, if its image is missing or damaged
-        base_sheet = Image.open(base).convert("RGB") if update else None
-        rows |= {"": pixels} if update else {}  # it is copied over this row below
+def sample_pictures(o, trainer, shown, update):
+    """samples/step-N.png: for the same captions and noise at every N, the base model's images above the policy's. And
+    samples/anchor-N.png: the last pairs of update N, each reference sample framed by its sign."""
+    captions, base = shown
+    rows = {"base model": base} | ({f"update {update}": trainer.draw(captions)} if update else {})
     if o.model in MINI:
-        rows[f"{label}\nscore {mini_score(pixels, captions).mean():.2f}"] = pixels
+        score = lambda pixels: f"\nscore {mini_score(pixels, captions).mean():.2f}"
+        rows = {label + score(pixels): pixels for label, pixels in rows.items()}
         rows["ideal\nscore 1.00"] = draw_mini(captions, torch.zeros(len(captions), 5))
-    else:
-        rows[label] = pixels
-    sheet = labelled_rows(captions, rows)
-    if "" in rows:
-        place = (0, HEAD, sheet.width, HEAD + (sheet.height - HEAD) // len(rows))
-        sheet.paste(base_sheet.crop(place), place)
-    with whole(base.with_name(f"step-{update}.png")) as file:
-        sheet.save(file, "PNG")
+    draw_rows(o.out / "samples" / f"step-{update}.png", captions[:12], rows)
+    if trainer.pairs:
+        captions, *latents, signs = zip(*trainer.pairs)
+        winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
+        label = "reference samples\n+1 is pushed away,\n-1 is learned from,\n0 is not used"
+        rows = {"preferred images": winners, label: samples}
+        draw_rows(o.out / "samples" / f"anchor-{update}.png", captions, rows, signs)
 
 
-def show_anchors(o, trainer, update):
-    """samples/anchor-N.png: the last pairs of update N, each reference sample framed by the sign it got."""
-    captions, *latents, signs = zip(*trainer.pairs)
-    winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
-    label = "reference samples\n+1 is pushed away,\n-1 is learned from,\n0 is not used"
-    sheet = labelled_rows(captions, {"preferred images": winners, label: samples})
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    width, height = (sheet.width - MARGIN) // len(captions), (sheet.height - HEAD) // 2
-    for x, sign in enumerate(map(int, signs)):
-        left, top = MARGIN + width * x, HEAD + height
-        colour = {1: "red", -1: "lime", 0: "silver"}[sign]
-        draw.rectangle((left, top, left + width - 3, top + height - 3), None if sign else "grey", colour, width=4)
-        draw.text(
-            (left + 7, top + 5), f"{sign:+d}" if sign else "0", colour, font, stroke_width=2, stroke_fill="black"
-        )
-    with whole(o.out / "samples" / f"anchor-{update}.png") as file:
-        sheet.save(file, "PNG")
-
-
-def labelled_rows(captions, rows):
-    """An image with one column per caption and one row per entry of {label: (n, 3, [F,] R, R) pixels in [-1, 1]}. A
-    clip is shown as four of its frames, one below the other."""
+def draw_rows(file, captions, rows, signs=()):
+    """A PNG with one column per caption and one row per entry of {label: (n, 3, [F,] R, R) pixels in [-1, 1]}. A clip
+    is shown as four of its frames, one below the other. signs: -1, 0 or 1 for each image of the last row."""
     font, sheet = ImageFont.load_default(13), None
     for y, (label, pixels) in enumerate(rows.items()):
         if pixels.ndim == 5:  # (n, 3, F, R, R) -> (n, 3, 4 R, R)
             pixels = pixels[:, :, :: max(1, pixels.shape[2] // 4)][:, :, :4].flatten(2, 3)
         pixels = ((pixels + 1) * 127.5).round().byte().movedim(1, -1)  # (n, R, R, 3)
-        height, width = (max(1, 64 // pixels.shape[2]) * size + 2 for size in pixels.shape[1:3])  # 2: a gap
-        sheet = sheet or Image.new("RGB", (MARGIN + width * len(captions), HEAD + height * len(rows)), "white")
+        height, width = (max(1, 64 // pixels.shape[2]) * size for size in pixels.shape[1:3])
+        at = lambda x, y: (120 + (width + 2) * x, 40 + (height + 2) * y)  # the top left corner of an image
+        sheet = sheet or Image.new("RGB", at(len(captions), len(rows)), "white")
         draw = ImageDraw.Draw(sheet)
-        draw.multiline_text((4, HEAD + height * (y + 0.5)), label, "black", font, "lm")
+        draw.multiline_text((4, at(0, y + 0.5)[1]), label, "black", font, "lm")
         for x, (caption, tile) in enumerate(zip(captions, pixels)):
             text = "\n".join(textwrap.wrap(caption, width // 7, max_lines=2, placeholder=" ..."))
-            draw.multiline_text((MARGIN + width * (x + 0.5), HEAD / 2), text, "black", font, "mm", align="center")
-            tile = Image.fromarray(tile.numpy()).resize((width - 2, height - 2), Image.NEAREST)
-            sheet.paste(tile, (MARGIN + width * x, HEAD + height * y))
-    return sheet
-
-
-def mini_result(trainer, base, n=480):
-    """The toy task's result in words: n images of base model and policy from the same noise, by mini_score."""
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
-    *_, noise = draws("result", range(n), trainer.shape, 1, 0)
-    context, noise = trainer.codec.encode_text(captions), noise.to(trainer.o.device)
-    made = [trainer.codec.decode(trainer.generate(net, noise, context)) for net in (base, trainer.policy)]
-    before, after = (mini_score(pixels, captions) for pixels in made)
-    better = f"the image got better for {100 * (after > before).float().mean():.0f} % of {n} captions"
-    return f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1: flawless, 0: plain grey); {better}."
+            draw.multiline_text((at(x + 0.5, 0)[0], 20), text, "black", font, "mm", align="center")
+            sheet.paste(Image.fromarray(tile.numpy()).resize((width, height), Image.NEAREST), at(x, y))
+    for x, sign in enumerate(map(int, signs)):
+        (left, top), colour = at(x, y), ("silver", "red", "lime")[sign]
+        box = (left, top, left + width - 1, top + height - 1)
+        draw.rectangle(box, None if sign else "grey", colour, width=4)
+        draw.text((left + 7, top + 5), f"{sign:+d}", colour, font, stroke_width=2, stroke_fill="black")
+    with whole(file) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def how_to_load(o):  # the last lines of a run: a program that loads what it made
     load = lambda kind, *where: f"diffusers.{kind}.from_pretrained({', subfolder='.join(map(repr, where))})"
-    folder, parts = f"checkpoint-{o.steps}", {}  # parts of a pipeline that are not the model's own
     kind = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
-    if o.part != "lora":
-        parts[o.part] = load(kind, str(o.out), f"{folder}/{o.part}")
-    elif o.model in MINI:
-        parts["unet"] = load(kind, str(MINI_BASE))
+    folder, lora, lines = f"checkpoint-{o.steps}", o.part == "lora", ["To load it:", "import diffusers"]
+    parts = {} if lora else {o.part: load(kind, str(o.out), f"{folder}/{o.part}")}  # not the model's own
+    if lora and o.model in MINI:
+        return f"To draw with it: python eval.py --unet {o.out}"
     if o.frames:
-        parts.setdefault("motion_adapter", load("MotionAdapter", o.motion_adapter) if o.part == "lora" else "None")
+        parts.setdefault("motion_adapter", load("MotionAdapter", o.motion_adapter) if lora else "None")
         parts["scheduler"] = f"diffusers.DDIMScheduler(**{ANIMATEDIFF})"
-    lines = [f"{name} = {value}" for name, value in parts.items()]
-    pipeline = "AnimateDiffPipeline" if o.frames else "StableDiffusionPipeline"
-    given = "".join(f", {name}={name}" for name in parts)
-    lines += [f"pipe = diffusers.{pipeline}.from_pretrained({o.model!r}{given})"] if o.model not in MINI else []
-    method, more = ("unet.load_lora_adapter", ", prefix='unet'") if o.model in MINI else ("pipe.load_lora_weights", "")
-    lines += [f"{method}({str(o.out / folder)!r}, weight_name={LORA_FILE!r}{more})"] if o.part == "lora" else []
-    return "\n  ".join(["To load it:", "import diffusers", *lines])
+    lines += [f"{name} = {value}" for name, value in parts.items()]
+    if o.model not in MINI:
+        pipeline = f"diffusers.{'AnimateDiffPipeline' if o.frames else 'StableDiffusionPipeline'}"
+        lines.append(f"pipe = {pipeline}.from_pretrained({', '.join([repr(o.model), *(f'{n}={n}' for n in parts)])})")
+    lines += [f"pipe.load_lora_weights({str(o.out / folder)!r}, weight_name={LORA_FILE!r})"] if lora else []
+    return "\n  ".join(lines)
 
 
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
@@ -1243,9 +1191,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=2048, help="winners per update, over all devices")
     add("--micro-batch", type=int, help="winners per forward pass: lower it when memory runs out [what the GPU holds]")
     add("--lr", "--learning_rate", type=float, default=2.048e-5, help="after the warm-up; nothing scales it")
-    add(
-        "--lr-schedule", "--lr_scheduler", default="constant", choices=("constant", "linear"), help="linear falls to 0"
-    )
+    add("--lr-schedule", "--lr_scheduler", default="constant", choices=("constant", "linear"), help="after warm-up")
     add("--gradient-checkpointing", "--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--seed", type=int, default=0, help="of everything drawn")
     add("--generate-batch", type=int, default=16, help="how many are generated at a time")
@@ -1263,6 +1209,11 @@ def parse_args(argv=None):
         setattr(o, name, getattr(o, name) or preset)
     o.given = [*given]
     join_devices(o)
+    complete(o, given)
+    return o
+
+
+def complete(o, given):  # what follows from the options; what does not fit is refused
     o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # it saves
     named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in given.items() if name not in UNNAMED]
     name = "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-")
@@ -1280,15 +1231,16 @@ def parse_args(argv=None):
     need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
     o.micro_batch = min(o.micro_batch, max(1, o.batch_size // o.world)) if mini else o.micro_batch
     need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--batch-size: a multiple of --micro-batch x devices")
-    return o
 
 
 def join_devices(o):  # this process's device, rank and world, as torchrun says or alone; and its dtype
-    env, names = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    places = [env.get(name, alone) for name, alone in zip(names, "010")]
-    alone = places[1] == "1" and ("RANK" in env or env.get("SLURM_PROCID", "0") == "0")  # srun alone joins nothing
+    env = os.environ
+    places = [env.get(name, alone) for name, alone in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
+    alone = places[1] == "1" and env.get("SLURM_PROCID", "0") in ("0", env.get("RANK"))  # srun alone joins nothing
     fits = all(map(str.isdigit, places)) and (alone or {"RANK", "MASTER_ADDR"} <= {*env})
-    need(fits, f"{', '.join(names)} and MASTER_ADDR are not as torchrun sets them: start with torchrun, or unset them")
+    need(
+        fits, "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR are not as torchrun sets them: use torchrun, or unset them"
+    )
     o.rank, o.world, local = map(int, places)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

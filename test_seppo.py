@@ -502,7 +502,9 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     data = write_parquet(tmp_path / "pairs.parquet", rows)
     assert run(pipeline, data) == 0
     said, out, lines = capsys.readouterr(), Path("run"), metrics()
-    assert re.search("16 winners: 1.6 epochs of 10 rows of .* GB of disk, of the .* GB that are free", said.out)
+    assert re.search(
+        "16 preferred images (winners), 1.6 epochs of 10 rows of .* GB of disk, of the .* GB that are free", said.out
+    )
     assert "1 unusable rows were replaced: 'picture 1': no readable picture: " in said.out
     assert "16/16" in said.err and "winner/s" in said.err, "the bar counts winners"
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
