@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may look for 
 import av
 import diffusers
 import huggingface_hub
+import matplotlib
 import peft
 import pyarrow
 import pyarrow.parquet
@@ -820,6 +821,20 @@ def test_the_readme():
     known = "".join(file.read_text() for file in (HERE / "seppo.py", HERE / "eval.py", HERE / "assets/study.py"))
     given = {*re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)} - {"--help", "--index-url", "--nproc-per-node", "--scale"}
     assert not {word for word in given if f'"{word}"' not in known}
+
+
+def test_the_lesson_names_what_seppo_has_and_keeps_its_outputs():
+    """Run from top to bottom, without a warning; at most 24 cells and 1 MB, the method one cell of 40 lines."""
+    file = HERE / "assets/lesson.ipynb"
+    cells = json.loads(file.read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    assert not {name for name in re.findall(r"\bseppo\.(?!py\b)(\w+)", text) if not hasattr(seppo, name)}
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    method = next(cell["source"] for cell in code if "def train(" in "".join(cell["source"]))
+    assert len(cells) <= 24 and len(method) <= 40 and file.stat().st_size < 1e6
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert all(output.get("name") == "stdout" or "image/png" in output["data"] for output in outputs)
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -1714,6 +1729,27 @@ def test_slow_the_readme_commands_learn():
     error = math.hypot(*(score.std().item() / len(captions) ** 0.5 for score in scores.values()))
     assert scores[100].mean() - scores[0].mean() > 5 * error, scores
     assert Path("runs/mini-seppo/samples/step-100.png").exists()
+
+
+@slow
+def test_slow_the_lesson_shows_what_it_says(monkeypatch):
+    """Its code cells run in order; SePPO raises the score; without the sign a high learning rate ruins the policy."""
+    monkeypatch.chdir(HERE / "assets")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    matplotlib.use("Agg")
+    lesson = {}
+    for cell in json.loads(Path("lesson.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), lesson)
+    before, log = lesson["before"], lesson["log"]
+    assert lesson["after"] > before + 0.05 and lesson["score"](lesson["policy"]) > before + 0.02
+    assert log[0]["sign_zero"] == 1 and all(0.1 < line["sign_pos"] < 0.9 for line in log if not line["sign_zero"])
+    assert lesson["sign"][lesson["chosen"]].tolist() == [1, 1, 1, -1, -1, -1]
+    scores = {name: [line["score"] for line in lines if line["score"]] for name, (_, lines) in lesson["runs"].items()}
+    assert min(scores["seppo"] + scores["sspo"]) > before - 0.1 and scores["--flip none"][-1] < before - 0.2
+    first, *_, last = lesson["runs"]["--flip none"][1]
+    assert last["policy_r"] > last["policy_w"] > 5 * first["policy_w"], "both errors grow, that of x^r more"
+    assert all(abs(share - dealt) < 0.1 for share, _, dealt, _ in lesson["by_count"] + lesson["by_t"])
 
 
 KILLED = """
