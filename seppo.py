@@ -1116,7 +1116,7 @@ def draw_rows(file, captions, rows, signs=()):
         draw = ImageDraw.Draw(sheet)
         draw.multiline_text((4, at(0, y + 0.5)[1]), label, "black", font, "lm")
         for x, (caption, tile) in enumerate(zip(captions, pixels)):
-            text = "\n".join(textwrap.wrap(caption, width // 7, max_lines=2, placeholder=" ..."))
+            text = "\n".join(textwrap.wrap(caption, width // 7, max_lines=2, placeholder=" ...")) if y == 0 else ""
             draw.multiline_text((at(x + 0.5, 0)[0], 20), text, "black", font, "mm", align="center")
             sheet.paste(Image.fromarray(tile.numpy()).resize((width, height), Image.NEAREST), at(x, y))
     for x, sign in enumerate(map(int, signs)):

@@ -432,13 +432,11 @@ def odd_pictures():
     deep = Image.fromarray(torch.full((64, 64), 200 * 256, dtype=torch.uint16).numpy())
     big = Image.frombytes("I;16B", (64, 64), b"\xc8\0" * 4096)
     inks = Image.new("CMYK", (64, 64), (55, 55, 55, 0))
-    notes, clear = PngImagePlugin.PngInfo(), Image.new("LA", (64, 64), (0, 0))
-    notes.add_text("workflow", "x" * 70_000_000, zip=True)
+    clear = Image.new("LA", (64, 64), (0, 0))
     clear.paste((200, 255), (0, 0, 64, 64))
     odd = {"1 pixel": encoded(Image.new("L", (1, 1), 200), "PNG"), "wide": encoded(grey.resize((30000, 1)), "PNG")}
     odd |= {"16-bit": encoded(deep, "PNG"), "big end first": encoded(big, "TIFF"), "CMYK": encoded(inks, "JPEG")}
     odd |= {"animated": encoded(grey, "GIF", save_all=True, append_images=[Image.new("L", (64, 48), 0)] * 3)}
-    odd |= dict(notes=encoded(grey, "PNG", pnginfo=notes), profile=encoded(grey, "PNG", icc_profile=bytes(3_000_000)))
     odd |= {"EXIF": encoded(grey, "JPEG", exif=rotated), "of datasets": {"bytes": encoded(grey, "PNG")}}
     odd |= {"WebP": encoded(grey, "WEBP"), "opaque": encoded(clear, "PNG")}
     return odd | {"odd EXIF": encoded(grey, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")}
@@ -503,9 +501,8 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     data = write_parquet(tmp_path / "pairs.parquet", rows)
     assert run(pipeline, data) == 0
     said, out, lines = capsys.readouterr(), Path("run"), metrics()
-    assert re.search(
-        "16 preferred images (winners), 1.6 epochs of 10 rows of .* GB of disk, of the .* GB that are free", said.out
-    )
+    assert "16 preferred images (winners), 1.6 epochs of the 10 of" in said.out, "the plan"
+    assert re.search(r"Disk: .* GB, of the .* GB that are free\.", said.out)
     assert "1 unusable rows were replaced: 'picture 1': no readable picture: " in said.out
     assert "16/16" in said.err and "winner/s" in said.err, "the bar counts winners"
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
@@ -515,7 +512,7 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     files = {"config.json", "metrics.jsonl", "samples", "resume.safetensors", "lock"}
     assert {p.name for p in out.iterdir()} == files | {f"checkpoint-{n}" for n in (0, 2, 4)}
     base, last = (Image.open(out / "samples" / f"step-{n}.png") for n in (0, 4))
-    assert last.size == (seppo.MARGIN + 4 * 66, seppo.HEAD + 2 * 66) and base.height == seppo.HEAD + 66
+    assert last.size == (120 + 4 * 66, 40 + 2 * 66) and base.height == 40 + 66
     assert last.crop((0, 0, *base.size)).tobytes() == base.tobytes(), "the base model's row stays as it was"
     assert Image.open(out / "samples" / "anchor-4.png").size == last.size
     config = json.loads((out / "config.json").read_text())
@@ -1024,7 +1021,7 @@ def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert motion & moved and (moved - motion if train == "all" else {*start} == motion)
     assert same(end, at(3, "straight")) and same(end, loaded)
-    size = (seppo.MARGIN + 4 * 66, seppo.HEAD + 2 * (4 * 64 + 2))
+    size = (120 + 4 * 66, 40 + 2 * (4 * 64 + 2))
     assert Image.open("run/samples/step-3.png").size == size, "four clips, each shown as four frames, in two rows"
     pipe.unet.load_state_dict(start, strict=train == "all")  # update 1, by hand
     assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.clip_sample) == ("linear", False)
@@ -1120,19 +1117,22 @@ def test_lora_of_motion_modules(pipeline, adapter, clips, capsys):
 
 
 def test_the_toy_task_starts_from_the_shipped_base(monkeypatch, capsys):
-    """Its result is printed, its image has the ideal as last row, and its LoRA loads as the last lines say."""
+    """It prints what was reached, and its sample image has the flawless pictures in the last row."""
     monkeypatch.setitem(seppo.MINI, "mini", seppo.MINI["mini"] | dict(steps=2, save_every=1))
-    assert seppo.main(["--device", "cpu"]) == 0 and seppo.main("--device cpu --lora-rank 2".split()) == 0
+    assert seppo.main(["--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"Mean score 0\.\d\d -> 0\.\d\d .* for \d+ % of 480 captions", said) and "python eval.py" in said
-    assert says_how_to_load(said).peft_config and Path("runs/mini-seppo-lora-rank-2").is_dir()
+    assert (
+        re.search(r"Mean score 0\.5\d -> 0\.\d\d .* better for \d+ % of 160 images", said) and "python eval.py" in said
+    )
+    assert same(says_how_to_load(said).state_dict(), weights("runs/mini-seppo/checkpoint-2/unet"))
     assert same(weights("runs/mini-seppo/checkpoint-0/unet"), weights(seppo.MINI_BASE))
     assert metrics("runs/mini-seppo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    sheet, caption = Image.open("runs/mini-seppo/samples/step-2.png"), seppo.open_data(seppo.parse_args([]))[0][1]
-    left, top = seppo.MARGIN, seppo.HEAD + 2 * 66  # the first column of the third row, after gaps of 2 pixels
+    sheet, left, top = Image.open("runs/mini-seppo/samples/step-2.png"), 120, 40 + 2 * 66
     tile = sheet.crop((left, top, left + 64, top + 64)).resize((16, 16), Image.NEAREST)
-    ideal = seppo.draw_mini([caption], torch.zeros(1, 5))[0]
-    assert sheet.height == seppo.HEAD + 3 * 66 and (evaluation.to_tensor(tile) * 2 - 1 - ideal).abs().max() < 0.01
+    ideal = seppo.draw_mini(["a red square"], torch.zeros(1, 5))[0]
+    assert sheet.height == 40 + 3 * 66 and (evaluation.to_tensor(tile) * 2 - 1 - ideal).abs().max() < 0.01
+    assert seppo.main("--device cpu --lora-rank 2".split()) == 0
+    assert "python eval.py --unet runs/mini-seppo-lora-rank-2" in capsys.readouterr().out
     assert evaluation.main("--device cpu --max-prompts 4 --out e --unet runs/mini-seppo".split()) == 0
     monkeypatch.setattr(seppo, "MINI_BASE", Path("elsewhere"))
     assert seppo.main([]) == 2 and "seppo.py --model mini-untrained" in capsys.readouterr().err
@@ -1583,7 +1583,6 @@ def bases(monkeypatch):
     """Different base models in the two worlds, runs of two updates, and 32 pictures per measurement."""
     few = dict(steps=2, save_every=1, batch_size=8, micro_batch=8, generate_batch=8, sampler_steps=2)
     monkeypatch.setitem(seppo.MINI, "mini", seppo.MINI["mini"] | few)
-    monkeypatch.setattr(seppo, "mini_result", lambda *_: "960 pictures, which the study does not need")
     monkeypatch.setattr(study, "PROMPTS", seppo.CAPTIONS * 2)
     monkeypatch.setattr(study, "BASES", {"far": Path("far").absolute(), "near": Path("near").absolute()})
     nets = [seppo.untrained_mini(), seppo.untrained_mini()]
