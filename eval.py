@@ -1,12 +1,12 @@
-"""Evaluate checkpoints: pictures from equal noise, scored as the field scores them, in one table with error bars.
+"""Evaluate checkpoints: images from identical noise, scored with the usual metrics, in one table with error bars.
 
-    python eval.py                                      # the miniature's last run against its base
+    python eval.py                                      # the toy task's last run against its base
     python eval.py --model runwayml/stable-diffusion-v1-5 --unet runs/x/checkpoint-210 --prompts pickapic
     python eval.py --model DIR --unet sft=runs/a seppo=runs/b dpo=mhdang/dpo-sd1.5-text2image-v1 --prompts prompts.txt
 
-A prompt's noise has a seed of its own: a model is compared with the base picture by picture. `--protocol paper`
-evaluates as SePPO's authors did. Pictures that are there are not made again. There is no safety checker: it would
-blacken pictures and poison the means.
+Each prompt has its own noise seed, so models are compared image by image. `--protocol paper` evaluates as SePPO's
+authors did. Existing images are reused. There is no safety checker, because it would black out images and distort the
+means.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from seppo import UserError, explained, need, whole
 
 # ---- 1. The numbers -------------------------------------------------------------------------------------------------
 
-# name in the table, and what the table multiplies a score by: cosines are shown as papers print them
+# name in the table, and the factor a score is shown with: cosines are shown as papers print them
 SCORERS = {"pickscore": ("PickScore", 100), "hpsv2": ("HPSv2", 100), "hpsv2.1": ("HPSv2.1", 100)}
 SCORERS |= {"imagereward": ("ImageReward", 1), "aesthetic": ("Aesthetic", 1), "clip": ("CLIPScore", 100)}
 SCORERS |= {"mini": ("Score", 1)}
@@ -111,7 +111,7 @@ def to_tensor(image):  # a picture -> (3, h, w) in [0, 1]
 
 def crop_pixels(image, half=round, side=224):
     """CLIP's preprocessing: shorter side to `side` (bicubic), centre crop, normalised -> (3, side, side).
-    half: what becomes of half a pixel: torchvision rounds, transformers (PickScore) takes the floor."""
+    half: how half pixels are rounded: torchvision rounds, transformers (PickScore) takes the floor."""
     w, h = image.size
     w, h = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
     left, top = half((w - side) / 2), half((h - side) / 2)
@@ -151,7 +151,7 @@ class Scorer(torch.nn.Module):
 
     @torch.no_grad()
     def score(self, images, prompts):
-        """N PIL pictures and N strings -> (N,) fp32 on the CPU. Raises ValueError if they are not as many.
+        """N PIL pictures and N strings -> (N,) fp32 on the CPU. Raises ValueError if the lengths differ.
         score_tensors: (N, 3, 224, 224) normalised pixels, (N, L) tokens and mask -> (N,), with gradients."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures, {len(prompts)} prompts")
@@ -206,7 +206,7 @@ class ImageReward(Scorer):
 
 
 class MiniScorer:
-    """The miniature's own taste."""
+    """The toy task's own score."""
 
     score_tensors = staticmethod(seppo.mini_score)
 
@@ -221,7 +221,7 @@ def part(state, prefix):  # the weights whose names begin with a prefix, without
 
 
 def linear_chain(state):
-    """Linear layers in a row, numbered with gaps where dropout was. Neither original has more between them."""
+    """Linear layers in a row, numbered with gaps where dropout was. The originals have nothing else between."""
     matrices = {key.split(".")[0]: w for key, w in sorted(state.items()) if w.ndim == 2}
     layers = {name: torch.nn.Linear(*reversed(w.shape)) for name, w in matrices.items()}
     chain = torch.nn.Sequential(OrderedDict(layers))
@@ -307,7 +307,7 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
         config, weights, tokenizer, *head = find_files(name, folder)
         kind = transformers.BertTokenizer if name == "imagereward" else transformers.CLIPTokenizer
         tokenizer = kind.from_pretrained(tokenizer.parent)
-        need(len(tokenizer) > 9, "its tokenizer's vocabulary is empty")  # which transformers makes without a word
+        need(len(tokenizer) > 9, "its tokenizer's vocabulary is empty")  # transformers silently makes an empty one
         if name == "imagereward":
             text = json.loads(config.read_text())
             scorer = ImageReward(load_weights(weights), text, crop_pixels, tokenizer, 35, str)
@@ -322,7 +322,7 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
             crop, tidy = (floored, str) if name == "pickscore" else (crop_pixels, clean)
             scorer = ClipScorer(clip, crop, tokenizer, 77, tidy, head=head)
         scorer = scorer.to(device).eval()
-        scorer.score([Image.new("RGB", (224, 224))], ["a"])  # what does not fit together is said now
+        scorer.score([Image.new("RGB", (224, 224))], ["a"])  # fail now if the parts do not fit
     return scorer
 
 
@@ -336,7 +336,7 @@ def load_weights(path):
 # ---- 3. The prompts and their noise ---------------------------------------------------------------------------------
 
 NAMED = {"mini": 480, "pickapic": 500, "parti": 1632, "hpsv2": 3200}  # how many prompts each has
-PICKAPIC = ("yuvalkirstain/pickapic_v2_no_images", seppo.PICKAPIC[0])  # the first may be gone; the second has pictures
+PICKAPIC = ("yuvalkirstain/pickapic_v2_no_images", seppo.PICKAPIC[0])  # a fallback, with images
 PARTI, HPD = "nateraw/parti-prompts", "zhwang/HPDv2"
 
 
@@ -346,7 +346,7 @@ def read_prompts(name):
     with explained(f"--prompts {name} cannot be read", f"it takes {', '.join(NAMED)}, or a .txt, .json or .jsonl"):
         rows = named_prompts(name) if name in NAMED else file_prompts(Path(name))
         prompts = [prompt for prompt in itertools.starmap(prompt_of, enumerate(rows, 1)) if prompt]
-        "".join(prompts).encode()  # no tokenizer takes half a surrogate pair
+        "".join(prompts).encode()  # tokenizers reject lone surrogates
     need(prompts, f"--prompts {name} holds no prompt")
     wanted = NAMED.get(name, len(prompts))
     need(len(prompts) == wanted, f"--prompts {name}: expected {wanted} prompts, got {len(prompts)}")
@@ -357,7 +357,7 @@ def named_prompts(name):
     hub = functools.partial(huggingface_hub.hf_hub_download, repo_type="dataset")
     if name == "mini":
         return [seppo.CAPTIONS[i % len(seppo.CAPTIONS)] for i in range(NAMED[name])]
-    if name == "parti":  # `datasets` reads it so too
+    if name == "parti":  # as `datasets` does
         lines = Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").split("\n")
         return list(csv.DictReader(lines, delimiter="\t"))
     if name == "hpsv2":
@@ -407,7 +407,7 @@ def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=t
 # ---- 4. The pictures ------------------------------------------------------------------------------------------------
 
 
-def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; that of a miniature's run is the run's own
+def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; for the toy task, the run's own checkpoint-0
     found = {"base": None}
     for spec in dict.fromkeys(o.unet or ([last_run(o.model)] if o.model in seppo.MINI else [])):
         name, equals, where = spec.partition("=")
@@ -482,7 +482,7 @@ def load_checked(name, where, base, kind):
 
 
 def digest(*parts):
-    """A short hash of modules (weights and configuration), tensors, and whatever prints alike when it is alike."""
+    """A short hash of modules (weights and configuration), tensors, and any value, by its repr."""
     h = hashlib.blake2b(digest_size=6)
     for item in parts:
         if isinstance(item, torch.nn.Module):
@@ -499,7 +499,7 @@ def digest(*parts):
 @torch.no_grad()
 def generate(o, unets, base, codec, prompts, batches):
     """Makes the pictures that are missing -> {model: their files}. A file's name has a hash of weights, prompt, noise
-    and settings. A picture's rounding depends on its batch too: a batch is made again as it was."""
+    and settings. Rounding depends on the batch, so incomplete batches are regenerated whole."""
     side = o.resolution // codec.factor
     shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)
     noises = start_noise(prompts, shape, o.seed, o.protocol, o.device, o.half)
@@ -521,7 +521,7 @@ def generate(o, unets, base, codec, prompts, batches):
             settings = (o.solver, o.sampler_steps, o.guidance)
             pixels = codec.decode(seppo.sample(unet, codec.scheduler, noise, context, empty, *settings))
             for prompt, picture in zip(prompts[batch], pixels):
-                need(picture.isfinite().all(), f"{name}: {prompt[:60]!r} becomes what is not finite: try --dtype fp32")
+                need(picture.isfinite().all(), f"{name}: {prompt[:60]!r} gives non-finite pixels: try --dtype fp32")
             pixels = ((pixels + 1) * 127.5).round().byte().cpu()  # (B, 3, [F,] R, R)
             if o.frames:  # a clip is kept as a filmstrip
                 pixels = pixels.transpose(2, 3).flatten(3)  # (B, 3, R, F R)
@@ -561,7 +561,7 @@ def score_pictures(o, files, prompts, batches, missing):
 
 
 def read_frames(path):  # a filmstrip -> its frames; a picture -> itself, alone
-    with explained(f"{path} cannot be read", "delete it; it is made again"), Image.open(path) as strip:
+    with explained(f"{path} cannot be read", "delete it and rerun"), Image.open(path) as strip:
         side = strip.height
         return [strip.crop((x, 0, x + side, side)).convert("RGB") for x in range(0, strip.width, side)]
 
@@ -581,7 +581,7 @@ def report(o, files, prompts, scores, missing, settings):  # table.md, also on t
         f"{o.guidance:g}, {o.dtype}, {o.device}, seed {o.seed}, protocol {o.protocol}, no safety checker; HPSv2 "
         f"resizes with{'out' * (o.protocol == 'paper')} antialiasing; {versions}.",
     ]
-    own = "The paper's figures are of its own protocol (--protocol paper): PNDM, another resize in HPSv2."
+    own = "The paper's figures use its own protocol (--protocol paper): PNDM, another resize in HPSv2."
     text += [own] * (paper and o.protocol != "paper")
     text = "\n\n".join(text + [f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items()])
     rows = []
@@ -621,7 +621,7 @@ def draw_grid(files, prompts, rows=6, tile=192, head=28):
 
 # ---- 6. The command line --------------------------------------------------------------------------------------------
 
-MINI = dict(prompts="mini", scorers="mini", resolution=16, batch_size=240)  # what the miniature changes
+MINI = dict(prompts="mini", scorers="mini", resolution=16, batch_size=240)  # overrides for the toy task
 MINI |= {name: seppo.SMALL[name] for name in ("sampler_steps", "guidance")}
 
 
@@ -643,9 +643,9 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale, 1: none")
     add("--resolution", type=int, default=512, help="pixels")
     add("--seed", type=int, default=0, help="of the noise")
-    add("--batch-size", type=int, default=16, help="pictures (clips: 1) at a time; changes pictures by rounding")
-    add("--device", help="cpu, cuda or cuda:1 [what there is]")
-    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="of what generates [fp16 on a GPU]")
+    add("--batch-size", type=int, default=16, help="pictures (clips: 1) at a time; affects images slightly (rounding)")
+    add("--device", help="cpu, cuda or cuda:1 [auto]")
+    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision for sampling [fp16 on a GPU]")
     add("--out", "--output_dir", help="where table and pictures go [runs/eval-MODEL]")
     given, _ = parser.parse_known_args(argv)
     changed = MINI if given.model in seppo.MINI else dict(frames=16, batch_size=1) if given.motion_adapter else {}
@@ -660,7 +660,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
     need(-(2**63) <= o.seed < 2**63, "--seed must have 64 bits at most")
     mini = o.model in seppo.MINI
-    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (the miniature: 16)")
+    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (toy task: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames), "clips need --motion-adapter, and --frames 2 or more")
     unknown = {*o.scorers} - {*SCORERS}
@@ -678,7 +678,7 @@ def run(argv=None):
         (o.out / "pictures").mkdir(parents=True, exist_ok=True)
     prompts, missing = read_prompts(o.prompts)[: o.max_prompts], {}
     known = o.model not in seppo.MINI or {*prompts} <= {*seppo.CAPTIONS}
-    need(known, f"--prompts {o.prompts}: the miniature knows its own captions only")
+    need(known, f"--prompts {o.prompts}: the toy task knows its own captions only")
     unets = find_unets(o)
     fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
     base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))

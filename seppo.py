@@ -60,8 +60,8 @@ from tqdm import tqdm
 #     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      beta/2: the paper's beta T w(lambda_t), as a constant
 #
 # +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the
-# reference is the better model here, so its sample counts as a second winner. 0: equal (as long as the policy still
-# is its reference): only the winner speaks. "Inferred" means below: the paper does not say.
+# reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, as long as the
+# policy still is its reference, and only the winner counts. Below, "inferred" marks what the paper does not specify.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
@@ -92,7 +92,7 @@ def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, fli
 
 
 def choose_reference(k, rule, generator=None):
-    """Which of the k checkpoints so far, 0 (the base model) .. k-1, is the reference: an int.
+    """Index (0, the base model, to k-1) of the checkpoint that becomes the reference, if there are k checkpoints.
     rule: `random` is uniform (SePPO) and draws from `generator` (a torch.Generator), `latest` is k-1 (SPIN-Diffusion),
     `initial` is 0 (Diffusion-DPO). Raises ValueError for k < 1 or another rule."""
     if k < 1 or rule not in ("random", "latest", "initial"):
@@ -102,7 +102,7 @@ def choose_reference(k, rule, generator=None):
     return k - 1 if rule == "latest" else 0
 
 
-METHODS = {  # one loss, six methods: where x^r comes from, which checkpoint is the reference, the sign's use
+METHODS = {  # one loss, six methods: where x^r comes from, which checkpoint is the reference, how the sign is used
     "seppo": dict(loser="generated", reference="random", flip="sign"),
     "sspo": dict(loser="generated", reference="random", flip="indicator"),  # the paper's version 2 (inferred)
     "spin": dict(loser="generated", reference="latest", flip="none"),
@@ -113,7 +113,7 @@ METHODS = {  # one loss, six methods: where x^r comes from, which checkpoint is 
 
 
 def predict(unet, x_t, t, context):
-    """What the net says of x_t, in fp32. A clip's frames share its caption: diffusers leaves that to the caller."""
+    """The net's prediction for x_t, in fp32. A clip's frames share one caption, which diffusers wants repeated."""
     if x_t.ndim == 5:
         context = context.repeat_interleave(x_t.shape[2], dim=0)
     return unet(x_t, t, encoder_hidden_states=context).sample.float()
@@ -129,11 +129,11 @@ def denoising_error(unet, scheduler, x_0, eps, t, context):
 
 
 def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sign=None, beta=2000.0, flip="sign"):
-    """From latents to the loss: the sum of B pairs' losses, to be differentiated, and {statistic: (B,) values}.
+    """The summed loss of B pairs, to call backward on, and {statistic: (B,) values}.
     x_w, x_r: (B, C, h, w) latents of winners and reference samples (dpo: losers). eps, t, context: as above, shared.
     reference None: SFT, whose loss is the winner's error itself.
-    sign: (B,), where it was decided beforehand. Where it is 0, x_r holds x_w as a stand-in, so that batches keep their
-    shape; it is left out of the loss and of what is counted over pairs."""
+    sign: (B,), if it is already decided. Where it is 0, x_r is a placeholder (x_w) that keeps the batch shape; it
+    enters neither the loss nor the statistics of pairs."""
     if reference is None:
         m = denoising_error(policy, scheduler, x_w, eps, t, context)
         return m.sum(), {"winners": torch.ones_like(m), "loss": m.detach(), "policy_w": m.detach()}
@@ -157,7 +157,7 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
 # Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs
 # 4.5 UNet forwards and adds the VAE's own error.
 
-SOLVERS = {  # all deterministic; none clips latents as if they were pixels; "trailing" begins where all is noise
+SOLVERS = {  # all deterministic; none clips latents; "trailing" spacing starts at the last timestep
     "dpm++": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", timestep_spacing="trailing")),
     "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False, timestep_spacing="trailing")),
     "pndm": (diffusers.PNDMScheduler, dict(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)),  # SD 1.5's
@@ -166,7 +166,7 @@ NOISE_LEVELS = "num_train_timesteps beta_start beta_end beta_schedule trained_be
 
 
 def make_solver(scheduler, solver):
-    """A solver is what its name says: of the model's own it takes noise levels and kind of prediction alone."""
+    """Only the noise schedule and the prediction type come from the model's own scheduler."""
     kind, settings = SOLVERS[solver]
     return kind.from_config({name: scheduler.config[name] for name in (*NOISE_LEVELS, "prediction_type")}, **settings)
 
@@ -180,7 +180,7 @@ def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, gui
     guided, dtype, x = guidance != 1, next(unet.parameters()).dtype, noise * stepper.init_noise_sigma
     if guided:
         context = torch.cat([empty.expand_as(context), context])  # both halves in one call
-    for t, t_there in zip(stepper.timesteps, stepper.timesteps.to(x.device)):  # it looks t up on the CPU: no waiting
+    for t, t_there in zip(stepper.timesteps, stepper.timesteps.to(x.device)):  # a CPU t avoids a GPU sync
         x_in = stepper.scale_model_input(torch.cat([x, x]) if guided else x, t)
         out = predict(unet, x_in.to(dtype), t_there, context.to(dtype))
         if guided:
@@ -191,18 +191,18 @@ def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, gui
 
 
 # ---- 3. One update (the paper's algorithm, its inner loop) ----------------------------------------------------------
-# Losses are summed, and divided at the step: so micro-batches, chunks and devices are shares that add up.
+# Losses are summed and divided once, in step(), so micro-batches, chunks and devices simply add up.
 
-WARMUP, MAX_NORM = 0.25, 1.0  # the learning rate's, as a share of all updates (inferred); the gradient's
+WARMUP, MAX_NORM = 0.25, 1.0  # share of all updates in which the learning rate rises (inferred); gradient clipping
 ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
-OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # statistics: means
-OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # means over those winners that have a reference sample
+OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # averaged over winners
+OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # averaged over winners that have an x^r
 CALMER = "take a lower --lr, or --dtype fp32, in another --out"  # against gradients that are not finite
 
 
 class Trainer:
-    """Policy, reference, and one update of them, on each device for its share of the batch. o: the options. codec: the
-    rest of the model: VAE, text encoder, noise levels. Updates count from 0; metrics.jsonl counts them from 1."""
+    """Policy, reference and one update; each device handles its share of the batch. o: the options. codec: the rest of
+    the model (VAE, text encoder, noise schedule). Updates count from 0; metrics.jsonl counts them from 1."""
 
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
@@ -220,17 +220,19 @@ class Trainer:
         # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
         net = self.half_copy or self.reference
         self.sampling_net = torch.compile(net) if o.compile else net
-        if o.gradient_checkpointing:  # after the copies, which would keep methods of this net
+        if o.gradient_checkpointing:  # after copying, or the copies would call this net's methods
             policy.enable_gradient_checkpointing()
             checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
             for block in policy.modules():
-                if type(block).__name__ == "AnimateDiffTransformer3D":  # which diffusers leaves out
+                if type(block).__name__ == "AnimateDiffTransformer3D":  # diffusers does not checkpoint this block
                     block.forward = functools.partial(checkpointed, block.forward)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.gradients = lambda: [p.grad for p in self.trained.values() if p.grad is not None]  # None: never used
+        self.gradients = lambda: [
+            p.grad for p in self.trained.values() if p.grad is not None
+        ]  # None: not used by the loss
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
-        self.state = dict(self.trained)  # beside self.progress all that a resumed run needs, by name
-        for name, p in self.trained.items():  # moments now, so that a card that is too small says so at once
+        self.state = dict(self.trained)  # with self.progress, everything needed to resume
+        for name, p in self.trained.items():  # Adam's moments: now, so that too small a GPU fails at once
             moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=p.new_zeros(()))
             self.optimizer.state[p] = moments
             self.state |= {f"{name} {moment}": tensor for moment, tensor in moments.items()}
@@ -240,14 +242,14 @@ class Trainer:
         # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid; times
         # this it is 8 * error * sigmoid, in the middle of fp16's range whatever beta and N are. Weights are fp32.
         full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
-        self.scale = full if o.dtype == "fp16" else 1.0  # a constant, times one correction, progress["scale"]
+        self.scale = full if o.dtype == "fp16" else 1.0  # times progress["scale"]: lower after an overflow
         self.progress = {"scale": 1.0, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
-        self.sums, self.overflow = Counter(), False  # of the update under way: {statistic: sum}; Counter.update adds
-        self.pairs = deque(maxlen=12 if o.model in MINI else 4)  # the last ones, to be shown: caption, x_w, x_r, sign
+        self.sums, self.overflow = Counter(), False  # of this update: {statistic: sum}; Counter.update adds
+        self.pairs = deque(maxlen=12 if o.model in MINI else 4)  # the last: caption, x_w, x_r, sign
 
     def set_reference(self, update):
-        """Reference selection, once in save_every updates (inferred), from the k checkpoints so far."""
+        """Reference selection from the k checkpoints so far, once every save_every updates (inferred)."""
         k = update // self.o.save_every + 1
         index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
         if index != self.reference_index:
@@ -294,16 +296,16 @@ class Trainer:
         return self.codec.decode(latents).cpu()
 
     def gradient(self, rows):
-        """Adds the gradient of these rows' summed loss, and their statistics, to those of the update under way."""
+        """Accumulates the gradient and the statistics of these rows."""
         o, codec, is_first = self.o, self.codec, not self.sums
         positions, texts, winners, losers, replaced = zip(*rows)
         self.sums["skipped_rows"] += torch.tensor(float(sum(replaced)), device=o.device)
         if self.overflow:
             return
         drawn = draws(o.seed, positions, self.shape, codec.scheduler.config.num_train_timesteps, o.caption_dropout)
-        t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in drawn)  # noises: the VAE's, or x^r's start
+        t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in drawn)  # noise_w: the VAE's; noise_r: x^r's start
         captions = codec.encode_text(texts)  # (B, tokens, width)
-        context = torch.where(dropped[:, None, None], self.empty, captions)  # dropout: alike in all four errors
+        context = torch.where(dropped[:, None, None], self.empty, captions)  # the same in all four errors
         x_w = codec.encode(torch.stack(winners).to(o.device), noise_w)  # (B, C, h, w)
         batch = {"x_w": x_w, "eps": eps, "t": t, "context": context}
         if o.loser == "data":
@@ -325,12 +327,12 @@ class Trainer:
                 signs = statistics["sign_pos"].int() - statistics["sign_neg"].int()
                 self.pairs.extend(zip(texts[some], x_w[some], batch["x_r"][some], signs))
             self.sums.update({name: value.sum().float() for name, value in statistics.items()})
-        if is_first:  # what is not finite is seen before the rest is generated
+        if is_first:  # catch non-finite gradients before generating the rest
             finite = torch.stack([gradient.isfinite().all() for gradient in self.gradients()]).all().float()
             self.overflow = not over_all(finite, op=dist.ReduceOp.MIN)
 
     def step(self, update):
-        """Adds up the devices' shares, clips, steps. Returns what is logged."""
+        """Sums over devices, clips, steps. Returns the log entry."""
         o, progress, totals = self.o, self.progress, torch.stack([*self.sums.values()])
         over_all(totals, *self.gradients())  # once per update: to overlap it with anything would gain nothing
         for gradient in self.gradients():
@@ -348,7 +350,7 @@ class Trainer:
             self.optimizer.step()
             progress["in_a_row"] = 0
             progress["scale"] = min(1.0, 1.1 * progress["scale"])
-        else:  # no step, and nulls in the log; in fp16 the next updates are scaled less
+        else:  # no step, nulls in the log; in fp16 the next updates use a smaller scale
             progress["in_a_row"] += 1
             progress["skipped_updates"] += 1
             progress["scale"] /= 16 if o.dtype == "fp16" else 1
@@ -365,7 +367,7 @@ class Trainer:
 
 
 def train(o, kind=Trainer):
-    """A run from its options: begins it, or goes on where the same command stopped."""
+    """Runs the training that the options describe, or resumes it if it was started before."""
     data = open_data(o)
     policy, codec = load_models(o)
     trainer = kind(o, policy, codec)
@@ -378,11 +380,11 @@ def train(o, kind=Trainer):
     done = resume(o, trainer)
     if done == 0:
         save(o, trainer, shown, 0)  # the base model is checkpoint 0 of the pool
-    share = o.batch_size // o.world  # of each device, of every update
+    share = o.batch_size // o.world  # winners per device and update
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
-    chunk *= 4 if o.flip == "indicator" else 1  # where about half need an x^r: full batches all the same
+    chunk *= 4 if o.flip == "indicator" else 1  # only about half need an x^r: keep the sampler's batches full
     positions = (u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share))
-    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # at first at once: is there room?
+    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # the first state is saved at once: is there room?
     total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
     with tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0) as bar:
         for update in range(done, o.steps):
@@ -420,7 +422,7 @@ def train(o, kind=Trainer):
 
 
 # ---- 5. The data ----------------------------------------------------------------------------------------------------
-# Position n of the run is always the same row, crop and noise: micro-batch, devices and resumes change no result.
+# Position n of the run always gets the same row, crop and noise, whatever the micro-batch, devices and resumes.
 
 
 class UserError(Exception):
@@ -457,8 +459,8 @@ def key(*parts):  # a 63-bit seed from any printable values, the same in every p
 
 
 def draws(seed, positions, shape, timesteps, dropout):
-    """What chance gives to B samples: (B,) t, (B,) whether the caption is dropped, three (B, *shape) noises: eps, the
-    winner's VAE posterior's, and what x^r starts from (or the loser's posterior's). On the CPU."""
+    """All random draws for B samples, on the CPU: (B,) t, (B,) whether the caption is dropped, and three (B, *shape)
+    noises: eps, one for the winner's VAE posterior, and the start of x^r (or one for the loser's posterior)."""
     columns = []
     for position in positions:
         g = torch.Generator().manual_seed(key(seed, "sample", position))
@@ -468,10 +470,10 @@ def draws(seed, positions, shape, timesteps, dropout):
 
 
 class Winners:
-    """The rows by position. They come in groups that are read whole; per epoch groups are shuffled, and rows in each.
-    One without caption or picture is replaced by another, and counted. groups: [(n, read)], where read() -> n rows:
-    (caption, winner, loser or None), or None instead of a tie. A picture is bytes, a path, pixels, or why not.
-    pauses: the seconds after which it tries again to read a group."""
+    """The rows by position. Rows are read in groups; each epoch shuffles the groups and the rows inside them. A row
+    without caption or image is replaced by another and counted. groups: [(n, read)], where read() returns n rows
+    (caption, winner, loser or None), or None for a tie. An image is bytes, a path, pixels, or the reason why there is
+    none. pauses: the seconds after which a group that could not be read is tried again."""
 
     def __init__(self, o, source, groups, pauses=()):
         self.o, self.source, self.groups, self.total, self.unusable = o, source, [], 0, {}
@@ -512,7 +514,7 @@ class Winners:
         return rows[self.shuffled(len(rows), "rows", epoch, g)[(place - ends[at]) % len(rows)]]
 
     def __getitem__(self, position):
-        """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were of no use."""
+        """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were skipped."""
         chance, wanted = random.Random(key(self.o.seed, "flip", position)), position
         flip, start = chance.random() < 0.5, chance.random()
         for attempt in range(1, 101):
@@ -520,7 +522,7 @@ class Winners:
             try:
                 if not isinstance(caption, str) or not caption.strip():
                     raise ValueError("no caption")
-                caption.encode()  # half a surrogate pair is a ValueError here, and anything at all in a tokenizer
+                caption.encode()  # fails on lone surrogates here rather than somewhere in the tokenizer
                 winner = to_pixels(winner, self.o, flip, start)
                 loser = to_pixels(loser, self.o, flip, start) if self.o.loser == "data" else None
                 return position, caption, winner, loser, attempt - 1
@@ -548,7 +550,7 @@ class Winners:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what Pillow may open: others start programs, or follow paths
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some other formats run programs or follow paths
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
 FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
@@ -563,7 +565,7 @@ def to_pixels(picture, o, flip=False, start=0.0):
             pictures = read_clip(picture, o.frames, start) if o.frames else [read_picture(picture)]
             fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
             need(len(fitted) == (o.frames or 1), f"{len(fitted)} frames, --frames is {o.frames}")
-        except Exception as error:  # whatever a stranger's bytes make a decoder raise
+        except Exception as error:  # untrusted bytes can make a decoder raise anything
             raise ValueError(f"no readable picture: {error}") from error
         values = torch.frombuffer(bytearray().join(frame.tobytes() for frame in fitted), dtype=torch.uint8)
         picture = values.view(-1, o.resolution, o.resolution, 3).permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, R, R)
@@ -572,25 +574,25 @@ def to_pixels(picture, o, flip=False, start=0.0):
 
 
 def read_picture(picture):
-    """Bytes, a path (no string: what somebody's Parquet names is not opened), or a dict as `datasets` stores them."""
+    """Bytes, a path (not a string: paths named inside a Parquet file are never opened), or a dict as in `datasets`."""
     picture = picture["bytes"] if isinstance(picture, dict) else picture
     need(picture is not None, "jpg_0 or jpg_1 has no bytes (a path is not opened): save the pictures in the Parquet")
     with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
         need(image.width * image.height <= 64e6, f"{image.width * image.height / 1e6:.0f} megapixels, the limit is 64")
-        image.load()  # before its metadata, which may be anything
+        image.load()  # before the metadata, which may be malformed
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would make white of it
+        if image.mode.startswith("I;16"):  # Pillow would turn it white
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         need(image.mode not in ("I", "F"), f"numbers of unknown scale (mode {image.mode})")
-        if image.has_transparency_data:  # lies on white, as a viewer shows it
+        if image.has_transparency_data:  # put on white, as viewers do
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
 def read_clip(path, frames, start, stride=4):
-    """Yields `frames` pictures of a film, the first at a share `start` in [0, 1) of the possible ones; closer than
-    `stride` in a short film, as AnimateDiff takes them. What is not taken is not kept: films may be long."""
+    """Yields `frames` frames of a video, `stride` apart as in AnimateDiff, or closer if it is short. start in [0, 1)
+    chooses the first one. Other frames are discarded at once, because videos may be long."""
     import av
 
     allowed = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
@@ -619,7 +621,7 @@ def open_data(o):
     if o.data in MINI_DATA:
         seeds = range(512 if o.data == "mini-mixture" else 1)  # the base model hardly sees a picture twice
         return Winners(o, o.data, [(2048, functools.partial(mini_rows, o.data, 2048, seed)) for seed in seeds])
-    if os.path.isdir(o.data) and o.loser != "data":  # captions decide, not a Parquet file beside them
+    if os.path.isdir(o.data) and o.loser != "data":  # captions decide, even if the folder holds Parquet too
         with explained(f"--data {folder} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
             rows = folder_rows(folder, FILMS if o.frames else PICTURES)
     if not rows:
@@ -696,7 +698,7 @@ def parquet_groups(name):
             info = huggingface_hub.HfApi().dataset_info(source, revision=revision or None, timeout=30)
             source, names = f"{source}@{info.sha}", [file.rfilename for file in info.siblings]
             root = f"datasets/{source}"
-            system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks read what nobody asked for
+            system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks download unneeded data
         names = of_train(source, [file for file in names if file.endswith(".parquet")])
         need(names or os.path.isfile(name), f"--data {source} needs name.txt beside name.jpg, or Parquet")
         files = [f"{root}/{file}" for file in names] or [name]
@@ -738,12 +740,12 @@ def of_train(source, names):
 
 FOLDER_OR_ID = "give a hub id or folder (from_single_file, save_pretrained; fuse a LoRA first); --unet takes runs"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise levels
+ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise schedule
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
 
 
 class StableDiffusion:
-    """What stands between pictures, captions and the UNet: VAE, CLIP text encoder, noise levels."""
+    """Everything around the UNet: VAE, CLIP text encoder, noise schedule."""
 
     def __init__(self, tokenizer, text, vae, scheduler):
         self.tokenizer, self.text, self.vae, self.scheduler = tokenizer, text, vae.requires_grad_(False), scheduler
@@ -774,14 +776,14 @@ class StableDiffusion:
 
 
 def load_whole(kind, name, subfolder="", **options):
-    """kind.from_pretrained, which of itself leaves weights that a file lacks at random, and says nothing."""
+    """kind.from_pretrained, but it refuses a file that lacks weights, which diffusers would leave random."""
     folder = Path(name, subfolder) if Path(name, subfolder).is_dir() else Path(name)
     endings = {file.name.partition(".")[2] for file in folder.glob("*model*.safetensors")}
     options["variant"] = "fp16" if "fp16.safetensors" in endings and "safetensors" not in endings else None
     model, info = kind.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **options)
-    missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # buffers are constants
+    missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # not buffers
     need(not missing, f"{name} lacks weights of a {kind.__name__}: {', '.join(missing[:2])}, ...")
-    for p in model.parameters():  # they lie in the mapped file at any address, and a CPU's kernels round by address
+    for p in model.parameters():  # mapped weights are unaligned, and CPU kernels round by alignment
         p.data = p.data.clone()
     return model
 
@@ -794,7 +796,7 @@ def load_unet(name, *kinds, fuse=None):
     if fuse and lora:
         return fuse(str(lora[0]))
     for where, part in itertools.product((name, *last), ("unet", "motion_adapter", "")):
-        with contextlib.suppress(OSError, KeyError):  # a run's own config.json is not a net's
+        with contextlib.suppress(OSError, KeyError):  # config.json of a run is not a model's
             found = UNet2DConditionModel.load_config(where, subfolder=part)["_class_name"]
             break
     else:
@@ -816,7 +818,7 @@ def load_models(o):
             vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
             tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")
             scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
-            fits = 9 < len(tokenizer) <= text.config.vocab_size  # without its files it is made all the same, and empty
+            fits = 9 < len(tokenizer) <= text.config.vocab_size  # transformers makes an empty one if files are missing
             need(fits, f"--model {o.model} has the tokenizer of another model, or none")
         codec = StableDiffusion(tokenizer, text.to(o.device), vae.to(o.device), scheduler)
     where = o.unet or (str(MINI_BASE) if o.model == "mini" else o.model)
@@ -827,7 +829,7 @@ def load_models(o):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
     levels = codec.scheduler.config
     need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} predicts {levels.prediction_type}")
-    need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm: this model begins in noise: ddim")
+    need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm cannot start at pure noise: use ddim")
     if not o.frames and (made := codec.factor * (policy.config.sample_size or 0)) not in (0, o.resolution):
         print(f"{where} was made at {made} pixels, --resolution is {o.resolution}")
     if o.motion_adapter:
@@ -839,7 +841,7 @@ def load_models(o):
         need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames}: too many for this motion adapter")
         if o.train == "motion":
             policy.freeze_unet2d_params()
-    if o.lora_rank:  # adapters of the attention train, nothing else; alpha is the rank, as loaders take it
+    if o.lora_rank:  # only attention adapters train; alpha = rank, as loaders assume
         from peft import LoraConfig
 
         torch.manual_seed(key(o.seed, "lora"))
@@ -849,7 +851,7 @@ def load_models(o):
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
-    other = f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes {takes} channels of {gives}"
+    other = f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes (channels, text width) {takes}"
     with explained(other, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may hold anything: it is tried
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
@@ -867,7 +869,7 @@ def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in pla
         return file.metadata()
 
 
-# ---- 7. The miniature -----------------------------------------------------------------------------------------------
+# ---- 7. The toy task ------------------------------------------------------------------------------------------------
 # The toy task: text-to-image for two CPU cores, on the same code path as Stable Diffusion. Its 16 x 16 pictures show
 # captioned shapes with random amounts of four flaws: off-centre, too pale or too strong, blurred, small. The base
 # model was trained on all of them. Simulated users prefer the picture with the highest `mini_score` of four. The net
@@ -955,18 +957,18 @@ def untrained_mini():
 
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
-ROOM = "make room, or choose another --out; what was whole there is whole still"
+ROOM = "make room, or choose another --out; existing files are intact"
 RESTORE, AGAIN = "restore it, or choose another --out; several machines must share it", "fix it and rerun"
 LESS_MEMORY = "--micro-batch, --gradient-checkpointing, --generate-batch, --lora-rank"
-SAVE_SECONDS = 600  # a kill loses no more than this, and the update under way
-SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # is it learning? On the bar
+SAVE_SECONDS = 600  # a kill loses at most these seconds and the current update
+SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # shown on the progress bar
 MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out given".split()
-UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # what may change on resuming does not name the folder
+UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # options that may change on resume do not name the folder
 
 
 @contextlib.contextmanager
 def whole(path):
-    """For a file or folder that is there whole or not at all: written under another name, then renamed."""
+    """Writes a file or folder atomically: under another name, which is then changed."""
     temporary = path.with_name(path.name + ".tmp")
     with explained(f"{path} cannot be written", ROOM):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -977,7 +979,7 @@ def whole(path):
 
 
 def lock(o):
-    """One process group a folder. -> an open file: closing it unlocks, as does the process's end, however it ends."""
+    """One process group per folder. Returns an open file; closing it unlocks, and so does the end of the process."""
     with explained(f"{o.out} cannot be written", ROOM):
         o.out.mkdir(parents=True, exist_ok=True)
         file = open(o.out / "lock", "a")
@@ -1011,7 +1013,7 @@ def recorded(o):  # the options in config.json of --out, none for a new run
 
 
 def begin(o, data, trainer):
-    """Refuses an --out with another experiment, writes config.json, prints the plan."""
+    """Refuses an --out that holds another experiment, writes config.json, prints the plan."""
     options = {name: value for name, value in vars(o).items() if name not in MACHINE}
     options |= {"source": data.source, "rows": data.total}
     path, old = o.out / "config.json", recorded(o)
@@ -1046,7 +1048,7 @@ def begin(o, data, trainer):
 
 
 def save(o, trainer, shown, update, interval_ends=True):
-    """The picture, the pool's next checkpoint, then the state to resume from: a kill repeats work, and loses none."""
+    """Sample images, then the pool's next checkpoint, then the state: so a kill may repeat work but loses none."""
     if o.rank == 0 and interval_ends:
         sample_pictures(o, trainer, shown, update)
         with whole(o.out / f"checkpoint-{update}") as folder:
@@ -1079,7 +1081,7 @@ def resume(o, trainer):  # restores the saved state, and returns the number of f
     need(not ends.sum(), "the processes began at different updates: all machines must share the folder --out")
     if o.rank == 0 and metrics.exists():
         lines = metrics.read_bytes().splitlines(keepends=True)
-        with whole(metrics) as file:  # without the lines of updates that are done again
+        with whole(metrics) as file:  # drop the lines of updates that will be repeated
             file.write_bytes(b"".join(lines[:done]))
     return done
 
@@ -1158,7 +1160,7 @@ CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing
 
 
 def spelled(name):
-    """A folder is the same folder however it is spelled; what has left the hub is its copy there."""
+    """One canonical path per folder. Ids that were removed from the hub become those of a mirror."""
     path = os.path.expanduser(name)
     is_local = name[:1] in "/.~" or name.partition("@")[0].count("/") > 1 or "/" in name and Path(name).parent.is_dir()
     need(os.path.exists(path) or not is_local, f"{name}: no such file or folder")
@@ -1167,18 +1169,18 @@ def spelled(name):
 
 def parse_args(argv=None):
     """A command line -> all options. Raises UserError."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="[Defaults]; the miniature has some of its own.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="[default]; the toy task overrides some.")
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--method", default="seppo", choices=METHODS, help="a preset for the next three")
-    add("--loser", choices=("generated", "data", "none"), help="what stands where DPO has the losing picture")
+    add("--loser", choices=("generated", "data", "none"), help="what replaces DPO's losing image")
     add("--reference", choices=("random", "latest", "initial"), help="which checkpoint so far is the reference")
-    add("--flip", choices=("sign", "indicator", "none"), help="what becomes of the anchor criterion's sign")
-    add("--beta", type=float, default=2000.0, help="how strongly the reference holds; tune it first, with --lr")
+    add("--flip", choices=("sign", "indicator", "none"), help="how the anchor criterion's sign is used")
+    add("--beta", type=float, default=2000.0, help="strength of the tie to the reference; tune it and --lr first")
     add("--model", "--pretrained_model_name_or_path", type=spelled, default="mini", help="mini, a folder, or a hub id")
     add("--unet", type=spelled, help="start from this UNet instead of the model's own: a folder, a run, or a hub id")
-    add("--motion-adapter", type=spelled, help="AnimateDiff's, a folder or hub id: makes a text-to-video model of it")
-    add("--frames", "--num_frames", type=int, help="of a clip [16]")
+    add("--motion-adapter", type=spelled, help="a folder or hub id: makes --model a text-to-video model")
+    add("--frames", "--num_frames", type=int, help="frames per clip [16]")
     add("--train", choices=("motion", "all"), help="which weights of a text-to-video model learn [motion]")
     add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: all")
     add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, a folder, a file, or a hub id")
@@ -1190,16 +1192,16 @@ def parse_args(argv=None):
     add("--save-every", "--checkpointing_steps", type=int, default=30, help="updates until the pool gets a checkpoint")
     add("--batch-size", type=int, default=2048, help="winners per update, over all devices")
     add("--micro-batch", type=int, help="winners per forward pass: lower it when memory runs out [what the GPU holds]")
-    add("--lr", "--learning_rate", type=float, default=2.048e-5, help="after the warm-up; nothing scales it")
+    add("--lr", "--learning_rate", type=float, default=2.048e-5, help="after the warm-up; not scaled by batch size")
     add("--lr-schedule", "--lr_scheduler", default="constant", choices=("constant", "linear"), help="after warm-up")
     add("--gradient-checkpointing", "--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add("--seed", type=int, default=0, help="of everything drawn")
-    add("--generate-batch", type=int, default=16, help="how many are generated at a time")
+    add("--seed", type=int, default=0, help="random seed")
+    add("--generate-batch", type=int, default=16, help="reference samples generated at a time")
     add("--solver", default="dpm++", choices=SOLVERS, help="the diffusers scheduler")
-    add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="its steps: most of a run's cost")
-    add("--guidance", "--guidance_scale", type=float, default=7.5, help="its classifier-free guidance scale, 1: none")
+    add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="sampler steps: most of a run's cost")
+    add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale; 1: none")
     add("--compile", action="store_true", help="compile the net that generates: 1.2 times as fast, after minutes")
-    add("--device", help="cpu, cuda or cuda:1 [what there is]")
+    add("--device", help="cpu, cuda or cuda:1 [auto]")
     add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="of the error passes [fp16 on a GPU]")
     given, _ = parser.parse_known_args(argv)
     parser.set_defaults(**MINI.get(given.model, CLIPS if given.motion_adapter else {}))
@@ -1226,7 +1228,7 @@ def complete(o, given):  # what follows from the options; what does not fit is r
     need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout: from 0 to 1; --lora-rank: 0 or more")
     mini = o.model in MINI
     need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: add --model or --data")
-    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (the miniature: 16)")
+    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (toy task: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
     o.micro_batch = min(o.micro_batch, max(1, o.batch_size // o.world)) if mini else o.micro_batch
@@ -1253,10 +1255,10 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
     need(name == "cpu" or o.device.index < gpus, f"--device {name}: torch finds {gpus} GPUs here; --device cpu works")
     if o.device.type == "cuda":
         torch.cuda.set_device(o.device)
-        torch.backends.cudnn.allow_tf32 = False  # where fp32 is meant
+        torch.backends.cudnn.allow_tf32 = False  # keep fp32 exact
         torch.backends.cuda.enable_cudnn_sdp(False)  # policy and reference might get different kernels of it
     o.dtype = "fp32" if o.dtype == "no" else o.dtype or ("fp16" if o.device.type == "cuda" else "fp32")
-    o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # of what only generates, encodes and decodes
+    o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # for modules used only for inference
 
 
 def run(argv=None):  # the command's whole work
@@ -1272,20 +1274,20 @@ def run(argv=None):  # the command's whole work
 def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do; 130 after Ctrl-C."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
-        library.logging.set_verbosity(50)  # critical: what goes wrong is said once, below
+        library.logging.set_verbosity(50)  # critical: errors are printed once, below
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     speaks = re.fullmatch("0*", os.environ.get("RANK", "0"))
     sys.stdout = sys.stdout if speaks else open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that the console's encoding lacks
-    said = {KeyboardInterrupt: "interrupted; the same command continues"}
-    said |= {torch.OutOfMemoryError: f"out of GPU memory: what helps, the best first: {less}"}
+    said = {KeyboardInterrupt: "interrupted; run the same command again to continue"}
+    said |= {torch.OutOfMemoryError: f"out of GPU memory: try, in this order, {less}"}
     try:
         return work(argv) or 0
     except (UserError, *said) as error:
         message, code = said.get(type(error), error), 130 if isinstance(error, KeyboardInterrupt) else 2
-    if speaks or dist.is_initialized():  # what all find at once is said by one
+    if speaks or dist.is_initialized():  # an error that all processes find is printed once
         print(f"{program}: {message}", file=sys.stderr)
     return code
 

@@ -1504,7 +1504,7 @@ def test_evaluation_edges(pipeline, evaluate, scorer_weights, monkeypatch, capsy
     file = next((shutil.copytree(pipeline, Path("nan")) / "vae").glob("*.safetensors"))
     save_file({name: v * math.nan for name, v in load_file(file).items()}, file, {"format": "pt"})
     assert evaluate("--model", "nan") == 2
-    assert "base: 'picture 0' becomes what is not finite" in capsys.readouterr().err
+    assert "base: 'picture 0' gives non-finite pixels" in capsys.readouterr().err
     scorer = evaluation.load_scorer("clip", scorer_weights)
     pytest.raises(ValueError, scorer.score, [Image.new("RGB", (9, 9))], ["a", "b"])
 
@@ -1546,7 +1546,7 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
 REFUSED = (
     "--scorers clip,beauty: there are pickscore|--scorers mini: for --model mini|--scorer-weights no: is no folder|"
     "--scorer-weights flat: a folder for each repository|--unet x=no: --unet x=no cannot be read|--unet a=: say where|"
-    "--unet a=bare a=wide: a name of its own|--unet a=wide: another shape|--unet a=nan: not finite|"
+    "--unet a=bare a=wide: a name of its own|--unet a=wide: another shape|--unet a=nan: non-finite|"
     "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts p.json: entry 1 has no prompt|"
     "--prompts torn.jsonl: torn.jsonl, line 3: Expecting ',' delimiter|--unet a=old: predicts v_prediction|"
     "--prompts null.jsonl: entry 2 has no prompt|--model no: --model no cannot be read|--max-prompts 0: positive|"
@@ -1572,7 +1572,7 @@ def test_evaluation_refusals(evaluate, pipeline, case, capsys):
     assert evaluate(*argv.split()) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "pictures:" not in line]
     assert len(err) == 1 and says in err[0] and err[0].startswith("eval.py:"), err
-    assert says == "not finite" or not [*Path().rglob("*.png")], "it must be said before the work"
+    assert says == "non-finite" or not [*Path().rglob("*.png")], "it must be said before the work"
 
 
 # ---- The study ------------------------------------------------------------------------------------------------------
