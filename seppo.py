@@ -872,7 +872,7 @@ def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in pla
 # ---- 7. The toy task ------------------------------------------------------------------------------------------------
 # The toy task: text-to-image for two CPU cores, on the same code path as Stable Diffusion. Its 16 x 16 pictures show
 # captioned shapes with random amounts of four flaws: off-centre, too pale or too strong, blurred, small. The base
-# model was trained on all of them. Simulated users prefer the picture with the highest `mini_score` of four. The net
+# model was trained on all of them. Simulated users prefer the picture with the highest `mini_score` of 16. The net
 # predicts v, because a net this small samples well in few steps with v, but not with eps.
 
 COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.8, -0.6, 1), "yellow": (1, 0.9, -0.8)}
@@ -910,17 +910,16 @@ def mini_score(pixels, captions):
 
 @functools.lru_cache(1)
 def mini_rows(name, n=2048, seed=0):
-    """n rows (caption, picture, loser). `mini`: the preferred picture of four, and another of the four as loser.
+    """n rows (caption, picture, loser). `mini`: the preferred picture of 16, and another of the 16 as loser.
     `mini-mixture`: any picture, for the base model."""
     g = torch.Generator().manual_seed(seed)
     captions = [CAPTIONS[i] for i in torch.randint(len(CAPTIONS), (n,), generator=g)]
     low, high = torch.tensor([-0.6, -0.6, -1, 0, 0]), torch.tensor([0.6, 0.6, 1, 1, 1])
-    flaws = torch.rand(4, n, 5, generator=g) * (high - low) + low
-    if name == "mini-mixture":
-        return [(caption, picture, None) for caption, picture in zip(captions, draw_mini(captions, flaws[0]))]
-    pictures = torch.stack([draw_mini(captions, f) for f in flaws], 1)  # (n, 4, 3, 16, 16)
-    best = torch.stack([mini_score(p, captions) for p in pictures.unbind(1)], 1).argmax(1).tolist()
-    return [(caption, four[i], four[i - 1]) for caption, four, i in zip(captions, pictures, best)]
+    flaws = torch.rand(16 if name == "mini" else 1, n, 5, generator=g) * (high - low) + low
+    pictures = torch.stack([draw_mini(captions, f) for f in flaws])  # (16 or 1, n, 3, 16, 16)
+    best = torch.stack([mini_score(p, captions) for p in pictures]).argmax(0)
+    losers = pictures[best - 1, range(n)] if name == "mini" else [None] * n
+    return [*zip(captions, pictures[best, range(n)], losers)]
 
 
 class Miniature:
@@ -1151,7 +1150,7 @@ def how_to_load(o):  # the last lines of a run: a program that loads what it mad
 SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
 SMALL |= dict(sampler_steps=8, guidance=1.0)
 MINI = {  # overrides for the toy task: its net is small and its errors are far larger, so it has its own beta and lr
-    "mini": SMALL | dict(steps=100, save_every=20, lr=2e-4, beta=5.0),
+    "mini": SMALL | dict(steps=100, save_every=20, lr=3e-4, beta=5.0),
     "mini-untrained": SMALL | dict(steps=15000, save_every=15000, lr=2e-3, lr_schedule="linear"),
 }
 MINI["mini-untrained"] |= dict(data="mini-mixture", method="sft")
