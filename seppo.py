@@ -851,7 +851,7 @@ def load_models(o):
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
-    other = f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes (channels, text width) {takes}"
+    other = f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes {takes}, not {gives} (channels, text width)"
     with explained(other, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may hold anything: it is tried
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
