@@ -43,7 +43,7 @@ from seppo import UserError, explained, need, whole
 
 # ---- 1. The numbers -------------------------------------------------------------------------------------------------
 
-# name in the table, and the factor a score is shown with: cosines are shown as papers print them
+# name in the table, and the factor for display: papers print cosines times 100
 SCORERS = {"pickscore": ("PickScore", 100), "hpsv2": ("HPSv2", 100), "hpsv2.1": ("HPSv2.1", 100)}
 SCORERS |= {"imagereward": ("ImageReward", 1), "aesthetic": ("Aesthetic", 1), "clip": ("CLIPScore", 100)}
 SCORERS |= {"mini": ("Score", 1)}
@@ -61,9 +61,9 @@ def win_rate(scores, base, z=1.959964):
 
 
 def table(scores, paper=False):
-    """Markdown: a row for each model, for each scorer its mean with standard error, and the win rate against the base.
+    """Markdown: one row per model, with each scorer's mean, its standard error, and the win rate against the base.
     scores: {model: {scorer: (N,) tensor, or None where the scorer is missing}}, the base first; scorers are keys of
-    SCORERS. paper: whether the paper's own figures stand below, as its own."""
+    SCORERS. paper: whether to add the paper's own figures as a last row."""
     base = next(iter(scores.values()))
     head, paper_row = ["model"], ["*SePPO, the paper's own figures*"]
     for name in base:
@@ -93,7 +93,7 @@ def markdown(head, *rows):
 
 
 # ---- 2. The scorers -------------------------------------------------------------------------------------------------
-# Each computes what its original code computes, in fp32 and with transformers alone: the original packages no longer
+# Each scorer reproduces its original code in fp32 with transformers only, because the original packages no longer
 # install beside current ones.
 
 H14, L14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
@@ -120,8 +120,8 @@ def crop_pixels(image, half=round, side=224):
 
 
 def pad_pixels(image, antialias=True, side=224):
-    """HPSv2's: the longest side to `side`, as floats, then black around it. torchvision antialiases this since 0.17;
-    the authors' version did not, which moves the scores: never compare across."""
+    """HPSv2's preprocessing: the longer side resized to `side`, then padded with black. torchvision antialiases since
+    0.17; the authors' version did not. This changes the scores, so never mix the two."""
     x = to_tensor(image)
     scale = side / max(x.shape[1:])
     if scale != 1:
@@ -137,7 +137,7 @@ MENDS = QUOTES | WIDE | {0xFEFF: None}  # the last: a byte order mark
 
 
 def clean(prompt):
-    """What OpenAI's and open_clip's tokenizers do before they split: ftfy's most frequent mends, html, white space."""
+    """What OpenAI's and open_clip's tokenizers do before they split: ftfy's most common fixes, HTML, white space."""
     text = html.unescape(html.unescape(prompt)).translate(MENDS)
     return " ".join(unicodedata.normalize("NFC", text).split())
 
@@ -164,7 +164,7 @@ class Scorer(torch.nn.Module):
 
 class ClipScorer(Scorer):
     """PickScore, HPSv2, CLIPScore: the cosine of a CLIP's picture and text vectors. With a head, LAION's aesthetic
-    predictor: linear layers on the unit picture vector, whatever the prompt."""
+    predictor: linear layers on the unit picture vector; the prompt is ignored."""
 
     def __init__(self, clip, *args, head=None):
         super().__init__(*args)
@@ -221,7 +221,7 @@ def part(state, prefix):  # the weights whose names begin with a prefix, without
 
 
 def linear_chain(state):
-    """Linear layers in a row, numbered with gaps where dropout was. The originals have nothing else between."""
+    """Linear layers in a row, numbered with gaps where dropout was. The originals have nothing between them."""
     matrices = {key.split(".")[0]: w for key, w in sorted(state.items()) if w.ndim == 2}
     layers = {name: torch.nn.Linear(*reversed(w.shape)) for name, w in matrices.items()}
     chain = torch.nn.Sequential(OrderedDict(layers))
@@ -276,7 +276,7 @@ def is_online():  # asked first, as hf_hub_download tries for 20 seconds per fil
 
 def find_files(name, folder=None):
     """The paths of FILES[name]: FOLDER/OWNER/NAME/FILE, FOLDER/NAME/FILE or FOLDER/FILE; without a folder in the hub's
-    cache (the aesthetic predictor's head comes from GitHub). Raises UserError for a missing one. Loads nothing."""
+    cache (the aesthetic predictor's head comes from GitHub). Raises UserError for a missing file. Loads nothing."""
     found = []
     for repository, *files in FILES.get(name, ()):
         for file in files:
@@ -293,14 +293,14 @@ def find_files(name, folder=None):
                 found.append(path)
                 break
         else:
-            raise UserError(f"{SCORERS[name][0]} needs {repository}: {files[0]}, not in {folder or 'cache or hub'}")
+            raise UserError(f"{folder or 'the hub'} lacks {repository}/{files[0]}, which {SCORERS[name][0]} needs")
     return found
 
 
 def load_scorer(name, folder=None, device="cpu", antialias=True):
     """A scorer, by a key of SCORERS, in fp32, with `score` and `score_tensors` (see Scorer). folder: see find_files.
-    antialias: of HPSv2's resize. Raises UserError for an unknown name or for weights that can't be had."""
-    need(name in SCORERS, f"{name} is no scorer: there are {', '.join(SCORERS)}")
+    antialias: whether HPSv2's resize antialiases. Raises UserError for an unknown name or missing weights."""
+    need(name in SCORERS, f"{name} is not a scorer: choose from {', '.join(SCORERS)}")
     if name == "mini":
         return MiniScorer()
     with explained(f"the weights of {SCORERS[name][0]} cannot be read", "--scorer-weights takes the hub's files"):
@@ -336,7 +336,7 @@ def load_weights(path):
 # ---- 3. The prompts and their noise ---------------------------------------------------------------------------------
 
 NAMED = {"mini": 480, "pickapic": 500, "parti": 1632, "hpsv2": 3200}  # how many prompts each has
-PICKAPIC = ("yuvalkirstain/pickapic_v2_no_images", seppo.PICKAPIC[0])  # a fallback, with images
+PICKAPIC = ("yuvalkirstain/pickapic_v2_no_images", seppo.PICKAPIC[0])  # the second is a fallback, with images
 PARTI, HPD = "nateraw/parti-prompts", "zhwang/HPDv2"
 
 
@@ -375,12 +375,12 @@ def named_prompts(name):
 
 
 def file_prompts(path):  # a JSON list, JSONL, or lines of text, by the file's ending
-    need(path.suffix in (".json", ".jsonl", ".txt"), f"--prompts {path} is no .txt, .jsonl or .json")
+    need(path.suffix in (".json", ".jsonl", ".txt"), f"--prompts {path} must be .txt, .jsonl or .json")
     text = path.read_text("utf-8-sig")
     return list(filter(str.strip, text.split("\n")) if path.suffix == ".txt" else seppo.json_lines(path, text))
 
 
-def prompt_of(number, row):  # a string, or an object that has one; its white space is trimmed
+def prompt_of(number, row):  # a string, or an object that holds one; spaces at its ends are removed
     if isinstance(row, dict):
         row = next((row[key] for key in ("prompt", "Prompt", "caption", "text") if row.get(key)), None)
     if not isinstance(row, str):
@@ -390,9 +390,9 @@ def prompt_of(number, row):  # a string, or an object that has one; its white sp
 
 def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=torch.float32):
     """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
-    paired: drawn from (seed, prompt, how often the prompt came before): the same for a prompt in any list of prompts.
-    paper: from one generator, on the device and in the dtype of the pipeline, prompt after prompt, as a loop over
-    diffusers' pipeline draws it (PNDM draws nothing more): all up front, so resuming changes nothing."""
+    paired: seeded by (seed, prompt, earlier occurrences of it), so a prompt's noise is the same in any list.
+    paper: from one generator, on the device and in the dtype of the pipeline, in prompt order, as a loop over
+    diffusers' pipeline draws it (PNDM draws nothing else). It is drawn up front, so resuming changes nothing."""
     if protocol == "paper":
         g = torch.Generator(device).manual_seed(seed)
         return [torch.randn((1, *shape), generator=g, device=device, dtype=dtype)[0].float().cpu() for _ in prompts]
@@ -413,7 +413,7 @@ def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; for th
         name, equals, where = spec.partition("=")
         if not equals or Path(spec).exists():
             name, where = "", spec
-        need(where, f"--unet {spec} does not say where: NAME=WHERE")
+        need(where, f"--unet {spec} has no path: use NAME=WHERE")
         words = [word for word in Path(where).resolve().parts if word != "unet"]
         name = name or "-".join(words[-2:] if words[-1].startswith("checkpoint-") else words[-1:])
         fits = re.fullmatch(r"\w[\w.+-]*", name) and name not in found
@@ -474,10 +474,10 @@ def load_checked(name, where, base, kind):
         unet.load_motion_modules(adapter)
     ours, theirs = ({key: t.shape for key, t in net.state_dict().items()} for net in (unet, base))
     need(ours == theirs, f"{spec} has another shape than the UNet of --model")
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a run and a full pipeline state what they predict
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a run or a full pipeline states it
         *_, own = run_of(where)
         own = own or DDPMScheduler.load_config(where, subfolder="scheduler", local_files_only=True)["prediction_type"]
-        need(own == kind, f"{spec} predicts {own}, --model {kind}")
+        need(own == kind, f"{spec} predicts {own}, but --model predicts {kind}")
     return unet
 
 
@@ -499,7 +499,7 @@ def digest(*parts):
 @torch.no_grad()
 def generate(o, unets, base, codec, prompts, batches):
     """Makes the pictures that are missing -> {model: their files}. A file's name has a hash of weights, prompt, noise
-    and settings. Rounding depends on the batch, so incomplete batches are regenerated whole."""
+    and settings. Rounding depends on the batch, so incomplete batches are redone completely."""
     side = o.resolution // codec.factor
     shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)
     noises = start_noise(prompts, shape, o.seed, o.protocol, o.device, o.half)
@@ -509,7 +509,7 @@ def generate(o, unets, base, codec, prompts, batches):
     common = digest(*nets, solver_settings(o, codec), settings)
     base = base.cpu()
     kind = codec.scheduler.config.prediction_type
-    marks = {name: digest(load_checked(name, where, base, kind), common) for name, where in unets.items()}  # all first
+    marks = {name: digest(load_checked(name, where, base, kind), common) for name, where in unets.items()}  # check all
     empty, files = codec.encode_text([""]), {}
     for name, where in unets.items():
         folder, pairs = o.out / "pictures" / name, enumerate(zip(prompts, noises))
@@ -531,7 +531,7 @@ def generate(o, unets, base, codec, prompts, batches):
     return files
 
 
-def solver_settings(o, codec):  # in words
+def solver_settings(o, codec):  # as text for the report
     config = seppo.make_solver(codec.scheduler, o.solver).config
     names = {*seppo.NOISE_LEVELS, *seppo.SOLVERS[o.solver][1], "prediction_type", "timestep_spacing", "solver_order"}
     return ", ".join(f"{name} {config[name]}" for name in sorted(names) if config.get(name) is not None)
@@ -575,8 +575,8 @@ def report(o, files, prompts, scores, missing, settings):  # table.md, also on t
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers"))
     text = [
         table(scores, paper),
-        f"{n} prompts ({o.prompts}), one {what} each. ± is the standard error over prompts; wins: the share of those "
-        f"where the model's {what} scores above the base's, with its 95 % interval; x100: scores are multiplied.",
+        f"{n} prompts ({o.prompts}), one {what} each. ± is the standard error over prompts; wins: the share of "
+        f"prompts where the model's {what} beats the base's, with its 95 % interval; x100: scores times 100.",
         f"Model {o.model}; {o.resolution} pixels, {frames}{o.solver} ({settings}), {o.sampler_steps} steps, guidance "
         f"{o.guidance:g}, {o.dtype}, {o.device}, seed {o.seed}, protocol {o.protocol}, no safety checker; HPSv2 "
         f"resizes with{'out' * (o.protocol == 'paper')} antialiasing; {versions}.",
@@ -598,8 +598,8 @@ def report(o, files, prompts, scores, missing, settings):  # table.md, also on t
 
 
 def draw_grid(files, prompts, rows=6, tile=192, head=28):
-    """The first prompts down, with their captions, models across; of a clip its middle frame."""
-    font = ImageFont.load_default(16)  # Latin alone
+    """One row per prompt (the first six), one column per model. A clip is shown by its middle frame."""
+    font = ImageFont.load_default(16)  # Latin only
     with contextlib.suppress(ImportError, OSError):  # DejaVu Sans has more scripts
         import matplotlib
 
@@ -630,19 +630,19 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--model", "--pretrained_model_name_or_path", type=seppo.spelled, default="mini", help="the base model")
-    add("--unet", nargs="+", help="NAME=WHERE or WHERE: runs (the last checkpoint), checkpoints, UNets, hub ids")
-    add("--motion-adapter", type=seppo.spelled, help="makes a text-to-video model of it; --unet takes such ones too")
-    add("--frames", "--num_frames", type=int, help="of a clip [16]")
+    add("--unet", nargs="+", help="NAME=WHERE or WHERE: runs (last checkpoint), checkpoints, UNets, LoRAs, hub ids")
+    add("--motion-adapter", type=seppo.spelled, help="makes --model text-to-video; --unet also takes adapters")
+    add("--frames", "--num_frames", type=int, help="frames per clip [16]")
     add("--prompts", default="pickapic", help=f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list")
     add("--max-prompts", type=int, help="the first N prompts only")
-    add("--scorers", default=",".join([*SCORERS][:-1]), help=f"comma-separated, of {', '.join(SCORERS)}; or none")
+    add("--scorers", default=",".join([*SCORERS][:-1]), help=f"comma-separated list of {', '.join(SCORERS)}; or none")
     add("--scorer-weights", help="a folder with the hub's own files, instead of the hub")
     add("--protocol", default="paired", choices=("paired", "paper"), help="paper: one generator, PNDM, 50 steps")
     add("--solver", default="dpm++", choices=seppo.SOLVERS, help="the diffusers scheduler")
-    add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="its steps")
+    add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="sampler steps")
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale, 1: none")
     add("--resolution", type=int, default=512, help="pixels")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=int, default=0, help="seed of the noise")
     add("--batch-size", type=int, default=16, help="pictures (clips: 1) at a time; affects images slightly (rounding)")
     add("--device", help="cpu, cuda or cuda:1 [auto]")
     add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision for sampling [fp16 on a GPU]")
@@ -657,16 +657,16 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     need(o.world == 1, "eval.py is one process: start it with python, not with torchrun")
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "rank"):
-            need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
+            need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     need(-(2**63) <= o.seed < 2**63, "--seed must have 64 bits at most")
     mini = o.model in seppo.MINI
     need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (toy task: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames), "clips need --motion-adapter, and --frames 2 or more")
     unknown = {*o.scorers} - {*SCORERS}
-    need(not unknown, f"--scorers {', '.join(sorted(unknown))}: there are {', '.join(SCORERS)}")
+    need(not unknown, f"--scorers {', '.join(sorted(unknown))}: choose from {', '.join(SCORERS)}")
     need(mini or "mini" not in o.scorers, "--scorers mini is for --model mini")
-    need(not o.scorer_weights or Path(o.scorer_weights).is_dir(), f"--scorer-weights {o.scorer_weights} is no folder")
+    need(not o.scorer_weights or Path(o.scorer_weights).is_dir(), f"--scorer-weights {o.scorer_weights}: no folder")
     apart = len(o.scorers) == 1 or not Path(o.scorer_weights or "", "config.json").exists()
     need(apart or not o.scorer_weights, "--scorer-weights: several scorers need a folder for each repository")
     return o
@@ -678,7 +678,7 @@ def run(argv=None):
         (o.out / "pictures").mkdir(parents=True, exist_ok=True)
     prompts, missing = read_prompts(o.prompts)[: o.max_prompts], {}
     known = o.model not in seppo.MINI or {*prompts} <= {*seppo.CAPTIONS}
-    need(known, f"--prompts {o.prompts}: the toy task knows its own captions only")
+    need(known, f"--prompts {o.prompts}: the toy task accepts only its own captions")
     unets = find_unets(o)
     fixed = {"unet": unets["base"], "train": None, "lora_rank": 0}
     base, codec = seppo.load_models(argparse.Namespace(**vars(o) | fixed))

@@ -1485,7 +1485,7 @@ def test_evaluation_edges(pipeline, evaluate, scorer_weights, monkeypatch, capsy
     shutil.copytree(scorer_weights / evaluation.L14, Path("some", evaluation.L14))
     some = ("--scorer-weights", "some", "--scorers")
     assert evaluate(*some, "pickscore,hpsv2") == 2 and not [*Path("out/pictures").iterdir()]
-    assert "PickScore needs yuvalkirstain/PickScore_v1: config.json, not in some; HPSv2" in capsys.readouterr().err
+    assert "some lacks yuvalkirstain/PickScore_v1/config.json, which PickScore needs; some" in capsys.readouterr().err
     os.truncate(shutil.copytree("some", "torn") / Path(evaluation.L14, "model.safetensors"), 9999)
     assert evaluate("--scorer-weights", "torn", "--scorers", "clip") == 2 and not [*Path("out/pictures").iterdir()]
     assert evaluate("--scorers", "none", "--resolution", 128, "--out", "bare") == 0 and Path("bare/grid.png").exists()
@@ -1494,7 +1494,7 @@ def test_evaluation_edges(pipeline, evaluate, scorer_weights, monkeypatch, capsy
     pytest.raises(seppo.UserError, evaluation.find_files, "clip")  # without a network it looks in the cache only
     assert evaluate(*some, "clip,pickscore", "--unet", f"same={pipeline}/unet", "--seed", -7) == 0
     said = capsys.readouterr().out
-    assert "PickScore is missing: PickScore needs" in said and "| 50.0 % [" in said and "missing |" in said
+    assert "PickScore is missing: some lacks" in said and "| 50.0 % [" in said and "missing |" in said
     assert "dpm++ (algorithm_type dpmsolver++, beta_end 0.012" in said and "timestep_spacing trailing" in said
     rows, pictures = drawn()
     assert all(pictures[row["file"]] == pictures[rows[row["index"]]["file"]] for row in rows)
@@ -1544,15 +1544,15 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
 
 
 REFUSED = (
-    "--scorers clip,beauty: there are pickscore|--scorers mini: for --model mini|--scorer-weights no: is no folder|"
-    "--scorer-weights flat: a folder for each repository|--unet x=no: --unet x=no cannot be read|--unet a=: say where|"
+    "--scorers clip,beauty: choose from pickscore|--scorers mini: for --model mini|--scorer-weights no: no folder|"
+    "--scorer-weights flat: a folder for each repository|--unet x=no: --unet x=no cannot be read|--unet a=: has no path|"
     "--unet a=bare a=wide: a name of its own|--unet a=wide: another shape|--unet a=nan: non-finite|"
     "--prompts no.txt: cannot be read|--prompts empty.txt: holds no prompt|--prompts p.json: entry 1 has no prompt|"
     "--prompts torn.jsonl: torn.jsonl, line 3: Expecting ',' delimiter|--unet a=old: predicts v_prediction|"
     "--prompts null.jsonl: entry 2 has no prompt|--model no: --model no cannot be read|--max-prompts 0: positive|"
     "--resolution 100: multiple of 64|--protocol best: invalid choice|--frames 3: clips need --motion-adapter|"
     "--out empty.txt: cannot be written|--model mini --resolution 16 --prompts mini: seppo.py --model mini makes one|"
-    "--prompts p.csv: no .txt|--unet a=v: predicts v_prediction"
+    "--prompts p.csv: must be .txt|--unet a=v: predicts v_prediction"
 ).split("|")
 
 
