@@ -1611,7 +1611,8 @@ def test_what_the_study_measures():
     assert [pale[name] for name in ("score", "gained", "shape", "clipped")] == pytest.approx([0.5, 1, 1, 0])
     assert study.shape_accuracy(ideal, [f"a red {shape}" for *_, shape in words]) == 1
     assert study.shape_accuracy(ideal, [f"a {colour} disc" for _, colour, _ in words]) == 0.25
-    assert abs(study.run_cell("far", "preferred", 0, 0, 0)["distance"]) < 0.05 and pale["distance"] > 5
+    preferred = study.run_cell("far", "preferred", 0, 0, 0)
+    assert abs(preferred["distance"]) < 0.05 < 5 < pale["distance"] and preferred["clipped"] == 0, "0.96 at most"
     assert study.energy_distance(torch.zeros(3, 4), torch.full((5, 4), 2.0)) == 8, "twice the distance of two points"
 
 
