@@ -38,13 +38,16 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import av
 import diffusers
 import huggingface_hub
+import pyarrow.dataset
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNetMotionModel
+from peft import LoraConfig
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -206,7 +209,7 @@ class Trainer:
 
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
-        self.reference, self.reference_index, self.half_copy, self.captions = None, None, None, None
+        self.reference, self.reference_index, self.half_copy = None, None, None
         if o.loser != "none":  # a copy that shares the frozen weights: deepcopy does not copy objects in its memo
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
@@ -227,9 +230,7 @@ class Trainer:
                 if type(block).__name__ == "AnimateDiffTransformer3D":  # diffusers does not checkpoint this block
                     block.forward = functools.partial(checkpointed, block.forward)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.gradients = lambda: [
-            p.grad for p in self.trained.values() if p.grad is not None
-        ]  # None: not used by the loss
+        self.gradients = lambda: [p.grad for p in self.trained.values() if p.grad is not None]  # None: unused weights
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
         self.state = dict(self.trained)  # with self.progress, everything needed to resume
         for name, p in self.trained.items():  # Adam's moments: now, so that too small a GPU fails at once
@@ -374,12 +375,11 @@ def train(o, kind=Trainer):
     begin(o, data, trainer)
     if trainer.reference:
         trainer.check_numeric_path()
-    captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4)] if o.rank == 0 else []
+    captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4)]
     base = trainer.draw(captions) if o.rank == 0 else None  # what the policy draws before it is trained
-    shown = captions, base
     done = resume(o, trainer)
     if done == 0:
-        save(o, trainer, shown, 0)  # the base model is checkpoint 0 of the pool
+        save(o, trainer, captions, base, 0)  # the base model is checkpoint 0 of the pool
     share = o.batch_size // o.world  # winners per device and update
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
     chunk *= 4 if o.flip == "indicator" else 1  # only about half need an x^r: keep the sampler's batches full
@@ -407,7 +407,7 @@ def train(o, kind=Trainer):
             bar.set_postfix({name: f"{m[name]:.3g}" for name in SHOWN if m[name] is not None}, refresh=False)
             interval_ends = (update + 1) % o.save_every == 0 or update + 1 == o.steps
             if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
-                save(o, trainer, shown, update + 1, interval_ends)
+                save(o, trainer, captions, base, update + 1, interval_ends)
                 saved = time.monotonic()
     if data.unusable:
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
@@ -520,13 +520,12 @@ class Winners:
         for attempt in range(1, 101):
             caption, winner, loser = row = self.row(wanted)
             try:
-                if not isinstance(caption, str) or not caption.strip():
-                    raise ValueError("no caption")
+                need(isinstance(caption, str) and caption.strip(), "no caption")
                 caption.encode()  # fails on lone surrogates here rather than somewhere in the tokenizer
                 winner = to_pixels(winner, self.o, flip, start)
                 loser = to_pixels(loser, self.o, flip, start) if self.o.loser == "data" else None
                 return position, caption, winner, loser, attempt - 1
-            except ValueError as error:
+            except (UserError, ValueError) as error:
                 name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
                 self.unusable[reason := f"{name}: {str(error)[:200]}"] = True
             wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
@@ -593,8 +592,6 @@ def read_picture(picture):
 def read_clip(path, frames, start, stride=4):
     """Yields `frames` frames of a video, `stride` apart as in AnimateDiff, or closer if it is short. start in [0, 1)
     chooses the first one. Other frames are discarded at once, because videos may be long."""
-    import av
-
     allowed = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     opened = functools.partial(av.open, str(path.absolute()), options=allowed)
     with opened() as film:  # the container's own count is often missing
@@ -617,20 +614,19 @@ COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0
 
 def open_data(o):
     """--data: the toy task's, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
-    folder, rows = Path(o.data), []
     if o.data in MINI_DATA:
         seeds = range(512 if o.data == "mini-mixture" else 1)  # the base model hardly sees a picture twice
         return Winners(o, o.data, [(2048, functools.partial(mini_rows, o.data, 2048, seed)) for seed in seeds])
     if os.path.isdir(o.data) and o.loser != "data":  # captions decide, even if the folder holds Parquet too
-        with explained(f"--data {folder} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
-            rows = folder_rows(folder, FILMS if o.frames else PICTURES)
-    if not rows:
-        need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
-        then = recorded(o)
-        source = then.get("source", "")  # of the hub with its revision, at which the run goes on
-        same = o.data in (then.get("data"), source.partition("@")[0])
-        return Winners(o, *parquet_groups(source if same else o.data))
-    return Winners(o, o.data, [(len(rows), lambda: rows)])
+        with explained(f"--data {o.data} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
+            rows = folder_rows(Path(o.data), FILMS if o.frames else PICTURES)
+        if rows:
+            return Winners(o, o.data, [(len(rows), lambda: rows)])
+    need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
+    then = recorded(o)
+    source = then.get("source", "")  # of the hub with its revision, at which the run goes on
+    same = o.data in (then.get("data"), source.partition("@")[0])
+    return Winners(o, *parquet_groups(source if same else o.data))
 
 
 def files_below(folder):  # sorted, without hidden files and runs; linked folders are followed, each folder once
@@ -686,8 +682,6 @@ def folder_rows(folder, endings):
 def parquet_groups(name):
     """Parquet with COLUMNS -> its source, [(rows of a row group, how to read them)], and the pauses for Winners. Also
     over the network without caching: Pick-a-Pic's 335 GB are never stored."""
-    import pyarrow.dataset
-
     source, root, system = name, Path(name), None
     advice = f"it takes pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
     with explained(f"--data {source} cannot be read", advice, Exception):
@@ -818,8 +812,7 @@ def load_models(o):
             vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
             tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")
             scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
-            fits = 9 < len(tokenizer) <= text.config.vocab_size  # transformers makes an empty one if files are missing
-            need(fits, f"--model {o.model} has the tokenizer of another model, or none")
+            need(9 < len(tokenizer) <= text.config.vocab_size, f"--model {o.model} has another tokenizer, or none")
         codec = StableDiffusion(tokenizer, text.to(o.device), vae.to(o.device), scheduler)
     where = o.unet or (str(MINI_BASE) if o.model == "mini" else o.model)
     train_it = "python seppo.py --model mini-untrained, then add --unet runs/mini-untrained-sft"
@@ -842,8 +835,6 @@ def load_models(o):
         if o.train == "motion":
             policy.freeze_unet2d_params()
     if o.lora_rank:  # only attention adapters train; alpha = rank, as loaders assume
-        from peft import LoraConfig
-
         torch.manual_seed(key(o.seed, "lora"))
         policy.requires_grad_(False)
         where = "motion_modules" if o.train == "motion" else "(attentions|motion_modules)"
@@ -1016,9 +1007,9 @@ def begin(o, data, trainer):
     options = {name: value for name, value in vars(o).items() if name not in MACHINE}
     options |= {"source": data.source, "rows": data.total}
     path, old = o.out / "config.json", recorded(o)
-    then = {name: now for name, now in options.items() if name not in o.given} | old if old else options
-    changed = [name for name, now in options.items() if name != "data" and now != then.get(name)]  # source says it all
-    changed = ", ".join(f"{name} was {then.get(name, 'the default')}, is {options[name]}" for name in changed)
+    then = options | dict.fromkeys(o.given, "the default") | old if old else options
+    changed = [name for name, now in options.items() if name != "data" and now != then[name]]  # source says it all
+    changed = ", ".join(f"{name} was {then[name]}, is {options[name]}" for name in changed)
     need(not changed, f"{o.out} holds a run with other options ({changed}): choose another --out")
     if old and options.keys() - old.keys():
         print(f"{path} is older than {', '.join(options.keys() - old.keys())}: the default is used")
@@ -1046,10 +1037,10 @@ def begin(o, data, trainer):
     )
 
 
-def save(o, trainer, shown, update, interval_ends=True):
+def save(o, trainer, captions, base, update, interval_ends=True):
     """Sample images, then the pool's next checkpoint, then the state: so a kill may repeat work but loses none."""
     if o.rank == 0 and interval_ends:
-        sample_pictures(o, trainer, shown, update)
+        sample_pictures(o, trainer, captions, base, update)
         with whole(o.out / f"checkpoint-{update}") as folder:
             if o.part == "lora":
                 adapters = {name.replace(".default.", "."): p.data for name, p in trainer.trained.items()}
@@ -1085,10 +1076,9 @@ def resume(o, trainer):  # restores the saved state, and returns the number of f
     return done
 
 
-def sample_pictures(o, trainer, shown, update):
+def sample_pictures(o, trainer, captions, base, update):
     """samples/step-N.png: for the same captions and noise at every N, the base model's images above the policy's. And
     samples/anchor-N.png: the last pairs of update N, each reference sample framed by its sign."""
-    captions, base = shown
     rows = {"base model": base} | ({f"update {update}": trainer.draw(captions)} if update else {})
     if o.model in MINI:
         score = lambda pixels: f"\nscore {mini_score(pixels, captions).mean():.2f}"
@@ -1205,18 +1195,17 @@ def parse_args(argv=None):
     given, _ = parser.parse_known_args(argv)
     parser.set_defaults(**MINI.get(given.model, CLIPS if given.motion_adapter else {}))
     o = parser.parse_args(argv)
-    given = {name: value for name, value in vars(o).items() if value != parser.get_default(name)}
+    o.given = {name: value for name, value in vars(o).items() if value != parser.get_default(name)}
     for name, preset in METHODS[o.method].items():
         setattr(o, name, getattr(o, name) or preset)
-    o.given = [*given]
     join_devices(o)
-    complete(o, given)
+    complete(o)
     return o
 
 
-def complete(o, given):  # what follows from the options; what does not fit is refused
+def complete(o):  # what follows from the options; what does not fit is refused
     o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # it saves
-    named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in given.items() if name not in UNNAMED]
+    named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in o.given.items() if name not in UNNAMED]
     name = "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-")
     o.out = Path(os.path.expanduser(o.out or name))
     for name, value in vars(o).items():
@@ -1239,9 +1228,7 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
     places = [env.get(name, alone) for name, alone in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
     alone = places[1] == "1" and env.get("SLURM_PROCID", "0") in ("0", env.get("RANK"))  # srun alone joins nothing
     fits = all(map(str.isdigit, places)) and (alone or {"RANK", "MASTER_ADDR"} <= {*env})
-    need(
-        fits, "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR are not as torchrun sets them: use torchrun, or unset them"
-    )
+    need(fits, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR are not as torchrun sets them: use torchrun, or unset them")
     o.rank, o.world, local = map(int, places)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
