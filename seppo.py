@@ -38,13 +38,16 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import av
 import diffusers
 import huggingface_hub
+import pyarrow.dataset
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNetMotionModel
+from peft import LoraConfig
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -165,8 +168,7 @@ SOLVERS = {  # all deterministic; none clips latents; "trailing" spacing starts 
 NOISE_LEVELS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr".split()
 
 
-def make_solver(scheduler, solver):
-    """Only the noise schedule and the prediction type come from the model's own scheduler."""
+def make_solver(scheduler, solver):  # the model's own scheduler gives only noise schedule and prediction type
     kind, settings = SOLVERS[solver]
     return kind.from_config({name: scheduler.config[name] for name in (*NOISE_LEVELS, "prediction_type")}, **settings)
 
@@ -206,7 +208,7 @@ class Trainer:
 
     def __init__(self, o, policy, codec):
         self.o, self.policy, self.codec = o, policy, codec
-        self.reference, self.reference_index, self.half_copy, self.captions = None, None, None, None
+        self.reference, self.reference_index, self.half_copy = None, None, None
         if o.loser != "none":  # a copy that shares the frozen weights: deepcopy does not copy objects in its memo
             frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
@@ -227,9 +229,7 @@ class Trainer:
                 if type(block).__name__ == "AnimateDiffTransformer3D":  # diffusers does not checkpoint this block
                     block.forward = functools.partial(checkpointed, block.forward)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.gradients = lambda: [
-            p.grad for p in self.trained.values() if p.grad is not None
-        ]  # None: not used by the loss
+        self.gradients = lambda: [p.grad for p in self.trained.values() if p.grad is not None]  # None: unused weights
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
         self.state = dict(self.trained)  # with self.progress, everything needed to resume
         for name, p in self.trained.items():  # Adam's moments: now, so that too small a GPU fails at once
@@ -248,8 +248,7 @@ class Trainer:
         self.sums, self.overflow = Counter(), False  # of this update: {statistic: sum}; Counter.update adds
         self.pairs = deque(maxlen=12 if o.model in MINI else 4)  # the last: caption, x_w, x_r, sign
 
-    def set_reference(self, update):
-        """Reference selection from the k checkpoints so far, once every save_every updates (inferred)."""
+    def set_reference(self, update):  # from the k checkpoints so far, once every save_every updates (inferred)
         k = update // self.o.save_every + 1
         index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
         if index != self.reference_index:
@@ -295,8 +294,7 @@ class Trainer:
         latents = self.generate(self.policy, noise.to(self.o.device), self.codec.encode_text(captions))
         return self.codec.decode(latents).cpu()
 
-    def gradient(self, rows):
-        """Accumulates the gradient and the statistics of these rows."""
+    def gradient(self, rows):  # accumulates the gradient and the statistics of these rows
         o, codec, is_first = self.o, self.codec, not self.sums
         positions, texts, winners, losers, replaced = zip(*rows)
         self.sums["skipped_rows"] += torch.tensor(float(sum(replaced)), device=o.device)
@@ -331,8 +329,7 @@ class Trainer:
             finite = torch.stack([gradient.isfinite().all() for gradient in self.gradients()]).all().float()
             self.overflow = not over_all(finite, op=dist.ReduceOp.MIN)
 
-    def step(self, update):
-        """Sums over devices, clips, steps. Returns the log entry."""
+    def step(self, update):  # sums over devices, clips, steps, and returns the log entry
         o, progress, totals = self.o, self.progress, torch.stack([*self.sums.values()])
         over_all(totals, *self.gradients())  # once per update: to overlap it with anything would gain nothing
         for gradient in self.gradients():
@@ -343,8 +340,7 @@ class Trainer:
         means |= {name: sums[name] / sums["pairs"] for name in OF_PAIRS if sums.get("pairs")}
         warmup = max(1, round(WARMUP * o.steps))
         falls = (o.steps - update) / max(1, o.steps - warmup) if o.lr_schedule == "linear" else 1.0
-        lr = o.lr * min(1.0, (update + 1) / warmup, falls)
-        self.optimizer.param_groups[0]["lr"] = lr
+        lr = self.optimizer.param_groups[0]["lr"] = o.lr * min(1.0, (update + 1) / warmup, falls)
         progress["skipped_rows"] += int(sums["skipped_rows"])
         if math.isfinite(norm):
             self.optimizer.step()
@@ -369,21 +365,19 @@ class Trainer:
 def train(o, kind=Trainer):
     """Runs the training that the options describe, or resumes it if it was started before."""
     data = open_data(o)
-    policy, codec = load_models(o)
-    trainer = kind(o, policy, codec)
+    trainer = kind(o, *load_models(o))
     begin(o, data, trainer)
     if trainer.reference:
         trainer.check_numeric_path()
-    captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4)] if o.rank == 0 else []
+    captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4)]
     base = trainer.draw(captions) if o.rank == 0 else None  # what the policy draws before it is trained
-    shown = captions, base
     done = resume(o, trainer)
     if done == 0:
-        save(o, trainer, shown, 0)  # the base model is checkpoint 0 of the pool
+        save(o, trainer, captions, base, 0)  # the base model is checkpoint 0 of the pool
     share = o.batch_size // o.world  # winners per device and update
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
     chunk *= 4 if o.flip == "indicator" else 1  # only about half need an x^r: keep the sampler's batches full
-    positions = (u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share))
+    positions = [u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share)]
     rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # the first state is saved at once: is there room?
     total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
     with tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0) as bar:
@@ -407,7 +401,7 @@ def train(o, kind=Trainer):
             bar.set_postfix({name: f"{m[name]:.3g}" for name in SHOWN if m[name] is not None}, refresh=False)
             interval_ends = (update + 1) % o.save_every == 0 or update + 1 == o.steps
             if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
-                save(o, trainer, shown, update + 1, interval_ends)
+                save(o, trainer, captions, base, update + 1, interval_ends)
                 saved = time.monotonic()
     if data.unusable:
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
@@ -470,10 +464,9 @@ def draws(seed, positions, shape, timesteps, dropout):
 
 
 class Winners:
-    """The rows by position. Rows are read in groups; each epoch shuffles the groups and the rows inside them. A row
-    without caption or image is replaced by another and counted. groups: [(n, read)], where read() returns n rows
-    (caption, winner, loser or None), or None for a tie. An image is bytes, a path, pixels, or the reason why there is
-    none. pauses: the seconds after which a group that could not be read is tried again."""
+    """The rows by position. Each epoch shuffles the groups and the rows inside them. groups: [(n, read)], where read()
+    returns n rows (caption, winner, loser or None), or None for a tie. An image is bytes, a path, pixels, or the
+    reason why there is none. pauses: the seconds after which a group that could not be read is tried again."""
 
     def __init__(self, o, source, groups, pauses=()):
         self.o, self.source, self.groups, self.total, self.unusable = o, source, [], 0, {}
@@ -485,13 +478,11 @@ class Winners:
         need(self.total, f"--data {o.data} has no rows")
 
     @functools.lru_cache(6)  # so many stay in memory: 3 GB of Pick-a-Pic
-    def group(self, g):
-        """A group's rows, without the ties. If the network fails, it waits and tries again."""
+    def group(self, g):  # its rows, without the ties; if the network fails, it waits and tries again
         n, read, _ = self.groups[g]
         for pause in (*self.pauses, None):
             try:
-                with explained(f"--data {self.source}, row group {g} cannot be read", AGAIN):
-                    rows = [row for row in read()[:n] if row]
+                rows = [row for row in read()[:n] if row]
                 return rows or [("a tie", "its row group holds only ties", None)]
             except UserError as error:
                 if pause is None or self.stop.is_set():
@@ -503,8 +494,7 @@ class Winners:
     def shuffled(self, n, *names):
         return random.Random(key(self.o.seed, *names)).sample(range(n), n)
 
-    def row(self, position):
-        """(caption, winner, loser), as they came. A tie is replaced by another row of its group."""
+    def row(self, position):  # (caption, winner, loser), as they came; another row of its group replaces a tie
         epoch, place = divmod(position, self.total)
         order = self.shuffled(len(self.groups), "groups", epoch)
         ends = [*itertools.accumulate(self.groups[g][0] for g in order)]
@@ -520,13 +510,12 @@ class Winners:
         for attempt in range(1, 101):
             caption, winner, loser = row = self.row(wanted)
             try:
-                if not isinstance(caption, str) or not caption.strip():
-                    raise ValueError("no caption")
+                need(isinstance(caption, str) and caption.strip(), "no caption")
                 caption.encode()  # fails on lone surrogates here rather than somewhere in the tokenizer
                 winner = to_pixels(winner, self.o, flip, start)
                 loser = to_pixels(loser, self.o, flip, start) if self.o.loser == "data" else None
                 return position, caption, winner, loser, attempt - 1
-            except ValueError as error:
+            except (UserError, ValueError) as error:
                 name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
                 self.unusable[reason := f"{name}: {str(error)[:200]}"] = True
             wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
@@ -535,11 +524,10 @@ class Winners:
     def fetch(self, positions, ahead):
         """Yields rows in order, read and decoded by threads while the GPU works. Groups are read earlier still."""
         reader, pool, waiting = ThreadPoolExecutor(1), ThreadPoolExecutor(min(8, os.cpu_count() or 1)), deque()
-        positions, later = itertools.tee(positions)
-        later = itertools.islice(later, min(128, 2 * self.total // len(self.groups)), None)  # as few groups stay
+        lead = min(128, 2 * self.total // len(self.groups))  # as few groups stay in memory
         try:
-            for position in positions:
-                reader.submit(self.row, next(later, position))
+            for i, position in enumerate(positions):
+                reader.submit(self.row, positions[min(i + lead, len(positions) - 1)])
                 waiting.append(pool.submit(self.__getitem__, position))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
@@ -590,11 +578,8 @@ def read_picture(picture):
         return image.convert("RGB")
 
 
-def read_clip(path, frames, start, stride=4):
-    """Yields `frames` frames of a video, `stride` apart as in AnimateDiff, or closer if it is short. start in [0, 1)
-    chooses the first one. Other frames are discarded at once, because videos may be long."""
-    import av
-
+def read_clip(path, frames, start, stride=4):  # AnimateDiff's stride
+    """Yields `frames` frames of a video, `stride` apart or closer, the first chosen by `start` in [0, 1)."""
     allowed = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     opened = functools.partial(av.open, str(path.absolute()), options=allowed)
     with opened() as film:  # the container's own count is often missing
@@ -617,20 +602,19 @@ COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0
 
 def open_data(o):
     """--data: the toy task's, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
-    folder, rows = Path(o.data), []
     if o.data in MINI_DATA:
         seeds = range(512 if o.data == "mini-mixture" else 1)  # the base model hardly sees a picture twice
         return Winners(o, o.data, [(2048, functools.partial(mini_rows, o.data, 2048, seed)) for seed in seeds])
     if os.path.isdir(o.data) and o.loser != "data":  # captions decide, even if the folder holds Parquet too
-        with explained(f"--data {folder} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
-            rows = folder_rows(folder, FILMS if o.frames else PICTURES)
-    if not rows:
-        need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
-        then = recorded(o)
-        source = then.get("source", "")  # of the hub with its revision, at which the run goes on
-        same = o.data in (then.get("data"), source.partition("@")[0])
-        return Winners(o, *parquet_groups(source if same else o.data))
-    return Winners(o, o.data, [(len(rows), lambda: rows)])
+        with explained(f"--data {o.data} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
+            rows = folder_rows(Path(o.data), FILMS if o.frames else PICTURES)
+        if rows:
+            return Winners(o, o.data, [(len(rows), lambda: rows)])
+    need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
+    then = recorded(o)
+    source = then.get("source", "")  # of the hub with its revision, at which the run goes on
+    same = o.data in (then.get("data"), source.partition("@")[0])
+    return Winners(o, *parquet_groups(source if same else o.data))
 
 
 def files_below(folder):  # sorted, without hidden files and runs; linked folders are followed, each folder once
@@ -651,9 +635,7 @@ def json_lines(path, text):  # the values of a JSON list, or of lines of JSON; a
             raise UserError(f"{path}, line {i + error.lineno}: {error.msg}") from None
 
 
-def folder_rows(folder, endings):
-    """metadata.jsonl ({"file_name": ..., "text": ...} per line), or name.txt beside name.jpg or name.mp4."""
-
+def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line), or name.txt beside name.jpg
     def read(path):  # UTF-8, or UTF-16 with a BOM; other bytes become lone surrogates, so that the row is replaced
         data = path.read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
@@ -684,10 +666,7 @@ def folder_rows(folder, endings):
 
 
 def parquet_groups(name):
-    """Parquet with COLUMNS -> its source, [(rows of a row group, how to read them)], and the pauses for Winners. Also
-    over the network without caching: Pick-a-Pic's 335 GB are never stored."""
-    import pyarrow.dataset
-
+    """Parquet, from the hub without storing it -> its source, [(n, read) per row group], the pauses for Winners."""
     source, root, system = name, Path(name), None
     advice = f"it takes pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
     with explained(f"--data {source} cannot be read", advice, Exception):
@@ -711,22 +690,21 @@ def parquet_groups(name):
 
     def read(group):
         sides, rows = {1: ("jpg_0", "jpg_1"), 0: ("jpg_1", "jpg_0")}, []
+        columns = COLUMNS + ["label_1"] * ("label_1" in group.physical_schema.names)
         with explained(f"--data {group.path} cannot be read", AGAIN, Exception):
-            table = group.to_table(columns=COLUMNS + ["label_1"] * ("label_1" in group.physical_schema.names))
-        for row in table.to_pylist():
-            labels = {name: math.nan if v is None else v for name, v in row.items() if name[:6] == "label_"}
-            label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels.values())
-            winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))
-            found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # said if there is no winner
-            rows.append(None if label == 0.5 else (row["caption"], row.get(winner, found), row.get(loser)))
+            for row in group.to_table(columns=columns).to_pylist():
+                labels = {name: math.nan if v is None else v for name, v in row.items() if name[:6] == "label_"}
+                label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels.values())
+                winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))
+                found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # said if there is no winner
+                rows.append(None if label == 0.5 else (row["caption"], row.get(winner, found), row.get(loser)))
         return rows
 
     groups = [(group.row_groups[0].num_rows, functools.partial(read, group)) for group in groups]
     return source, groups, PAUSES if system else ()
 
 
-def of_train(source, names):
-    """The files of the split `train`, which have that word in their path; all files, if no other split is named."""
+def of_train(source, names):  # the files with `train` as a word of their path; all, if no other split is named
     has = lambda name, *words: {*re.split(r"[^a-z]+", name.lower())} & {*words}
     other = [name for name in names if has(name, "validation", "valid", "val", "dev", "test")]
     train = [name for name in sorted(names) if has(name, "train") or not other]
@@ -744,41 +722,40 @@ ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, c
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
 
 
-class StableDiffusion:
-    """Everything around the UNet: VAE, CLIP text encoder, noise schedule."""
-
-    def __init__(self, tokenizer, text, vae, scheduler):
-        self.tokenizer, self.text, self.vae, self.scheduler = tokenizer, text, vae.requires_grad_(False), scheduler
+class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, noise schedule
+    def __init__(self, o):
+        with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID, Exception):
+            text = load_whole(transformers.CLIPTextModel, o.model, "text_encoder", dtype=o.half)
+            vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")  # may be empty
+            self.scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
+        need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} has another tokenizer, or none")
+        self.text, self.vae = (net.to(o.device).requires_grad_(False) for net in (text, vae))
         self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
         self.channels, self.width = vae.config.latent_channels, text.config.hidden_size
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent: 8
 
-    @torch.no_grad()
     def encode_text(self, captions):  # -> (B, 77, 768)
         length = self.text.config.max_position_embeddings
         settings = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.text(self.tokenizer(list(captions), **settings).input_ids.to(self.text.device))[0].float()
 
-    @torch.no_grad()
     def encode(self, pixels, noise):  # (B, 3, 8 h, 8 w) in [-1, 1] -> (B, 4, h, w), a draw from the VAE's posterior
         if pixels.ndim == 5:  # clips (B, 3, F, 8 h, 8 w): each is a batch of frames
-            frames = (self.encode(x.movedim(1, 0), e.movedim(1, 0)) for x, e in zip(pixels, noise))
-            return torch.stack([*frames]).movedim(1, 2)
+            return torch.stack([*map(self.encode, pixels.transpose(1, 2), noise.transpose(1, 2))]).transpose(1, 2)
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents):  # the way back, clamped to [-1, 1]
         if latents.ndim == 5:
-            return torch.stack([self.decode(x.movedim(1, 0)) for x in latents]).movedim(1, 2)
+            return torch.stack([*map(self.decode, latents.transpose(1, 2))]).transpose(1, 2)
         pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
         return pixels.float().clamp(-1, 1)
 
 
 def load_whole(kind, name, subfolder="", **options):
     """kind.from_pretrained, but it refuses a file that lacks weights, which diffusers would leave random."""
-    folder = Path(name, subfolder) if Path(name, subfolder).is_dir() else Path(name)
-    endings = {file.name.partition(".")[2] for file in folder.glob("*model*.safetensors")}
+    endings = {file.name.partition(".")[2] for file in Path(name, subfolder).glob("*model*.safetensors")}
     options["variant"] = "fp16" if "fp16.safetensors" in endings and "safetensors" not in endings else None
     model, info = kind.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # not buffers
@@ -808,19 +785,8 @@ def load_unet(name, *kinds, fuse=None):
     return load_whole(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
 
-def load_models(o):
-    """-> the policy's UNet in fp32, and the codec (StableDiffusion or Miniature)."""
-    if o.model in MINI:
-        codec = Miniature(o.device)
-    else:
-        with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID, Exception):
-            text = load_whole(transformers.CLIPTextModel, o.model, "text_encoder", dtype=o.half)
-            vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")
-            scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
-            fits = 9 < len(tokenizer) <= text.config.vocab_size  # transformers makes an empty one if files are missing
-            need(fits, f"--model {o.model} has the tokenizer of another model, or none")
-        codec = StableDiffusion(tokenizer, text.to(o.device), vae.to(o.device), scheduler)
+def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffusion or Miniature)
+    codec = Miniature(o.device) if o.model in MINI else StableDiffusion(o)
     where = o.unet or (str(MINI_BASE) if o.model == "mini" else o.model)
     train_it = "python seppo.py --model mini-untrained, then add --unet runs/mini-untrained-sft"
     need(where != str(MINI_BASE) or MINI_BASE.is_dir(), f"{MINI_BASE} is missing: copy it, or train it by {train_it}")
@@ -830,8 +796,6 @@ def load_models(o):
     levels = codec.scheduler.config
     need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} predicts {levels.prediction_type}")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm cannot start at pure noise: use ddim")
-    if not o.frames and (made := codec.factor * (policy.config.sample_size or 0)) not in (0, o.resolution):
-        print(f"{where} was made at {made} pixels, --resolution is {o.resolution}")
     if o.motion_adapter:
         need(policy.mid_block, f"--motion-adapter: the UNet of {where} has no middle block, which an adapter needs")
         if not isinstance(policy, UNetMotionModel):
@@ -842,8 +806,6 @@ def load_models(o):
         if o.train == "motion":
             policy.freeze_unet2d_params()
     if o.lora_rank:  # only attention adapters train; alpha = rank, as loaders assume
-        from peft import LoraConfig
-
         torch.manual_seed(key(o.seed, "lora"))
         policy.requires_grad_(False)
         where = "motion_modules" if o.train == "motion" else "(attentions|motion_modules)"
@@ -872,8 +834,7 @@ def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in pla
 # ---- 7. The toy task ------------------------------------------------------------------------------------------------
 # The toy task: text-to-image for two CPU cores, on the same code path as Stable Diffusion. Its 16 x 16 pictures show
 # captioned shapes with random amounts of four flaws: off-centre, too pale or too strong, blurred, small. The base
-# model was trained on all of them. Simulated users prefer the picture with the highest `mini_score` of 16. The net
-# predicts v, because a net this small samples well in few steps with v, but not with eps.
+# model was trained on all of them. Simulated users prefer the picture with the highest `mini_score` of 16.
 
 COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.8, -0.6, 1), "yellow": (1, 0.9, -0.8)}
 SHAPES = {
@@ -889,8 +850,7 @@ MINI_BASE = Path(__file__).parent / "assets" / "mini-base"  # train it anew afte
 
 def draw_mini(captions, flaws):
     """B captions, (B, 5) flaws -> (B, 3, 16, 16) in [-1, 1]. flaws: x and y in [-0.6, 0.6], contrast in [-1, 1] (below
-    0 is too pale), blur and smallness in [0, 1]; 0 is flawless. A flawless picture uses 0.6 of the range of pixels, so
-    that contrast can be too strong as well as too weak."""
+    0 is too pale, above 0 is too strong), blur and smallness in [0, 1]; 0 is flawless."""
     axis = (torch.arange(16) - 7.5) / 5.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     colours, shapes = zip(*(caption.split()[1:] for caption in captions))
@@ -898,12 +858,11 @@ def draw_mini(captions, flaws):
     dx, dy, contrast, blur, small = flaws[:, :, None, None].unbind(1)  # (B, 1, 1) each
     edge = torch.stack([SHAPES[name](x - a, y - b) for name, a, b in zip(shapes, dx, dy)]) / (1 - 0.4 * small)
     ink = torch.sigmoid((1 - edge) * (12 - 10 * blur))[:, None]
-    return (ink * colour - (1 - ink) * 0.9) * (0.6 + 0.36 * contrast[:, None])
+    return (ink * colour - (1 - ink) * 0.9) * (0.6 + 0.36 * contrast[:, None])  # 0.6 leaves room for too strong
 
 
 def mini_score(pixels, captions):
-    """What the simulated users prefer: (B,) scores of (B, 3, 16, 16) pictures in [-1, 1]. 1 is flawless, 0 is as good
-    as plain grey. Twice the right contrast is as bad as none."""
+    """What the simulated users prefer: (B,) scores of (B, 3, 16, 16) pictures. 1 is flawless, 0 is plain grey."""
     ideal = draw_mini(captions, torch.zeros(len(captions), 5)).to(pixels.device)
     return 1 - (pixels - ideal).abs().flatten(1).mean(1) / ideal.abs().flatten(1).mean(1)
 
@@ -922,18 +881,15 @@ def mini_rows(name, n=2048, seed=0):
     return [*zip(captions, pictures[best, range(n)], losers)]
 
 
-class Miniature:
-    """Takes the place of StableDiffusion: latents are rearranged pixels, a caption is four word vectors."""
-
+class Miniature:  # takes the place of StableDiffusion: latents are rearranged pixels, a caption is four word vectors
     channels, width, factor = 12, 32, 2
 
     def __init__(self, device):
         self.device = device
         chance = {word: torch.Generator().manual_seed(key(word)) for word in ("", "a", *COLOURS, *SHAPES)}
         self.words = {word: torch.randn(self.width, generator=g) for word, g in chance.items()}
-        levels = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
-        levels |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")  # the last step is pure noise
-        self.scheduler = DDPMScheduler(prediction_type="v_prediction", **levels)
+        levels = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True)
+        self.scheduler = DDPMScheduler(prediction_type="v_prediction", **levels)  # eps needs a larger net
 
     def encode_text(self, captions):  # -> (B, 4, 32)
         words = [(caption.split() + [""] * 4)[:4] for caption in captions]
@@ -949,9 +905,8 @@ class Miniature:
 def untrained_mini():
     torch.manual_seed(0)
     size = dict(sample_size=8, in_channels=12, out_channels=12, block_out_channels=(48, 48), layers_per_block=1)
-    size |= dict(cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
-    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-    return UNet2DConditionModel(**size, **blocks)
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8)
+    return UNet2DConditionModel(**size, **blocks, cross_attention_dim=Miniature.width)
 
 
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
@@ -966,8 +921,7 @@ UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # options that may change o
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Writes a file or folder atomically: under another name, which is then changed."""
+def whole(path):  # writes a file or folder atomically: under another name, which is then changed
     temporary = path.with_name(path.name + ".tmp")
     with explained(f"{path} cannot be written", ROOM):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -977,28 +931,9 @@ def whole(path):
         os.replace(temporary, path)
 
 
-def lock(o):
-    """One process group per folder. Returns an open file; closing it unlocks, and so does the end of the process."""
-    with explained(f"{o.out} cannot be written", ROOM):
-        o.out.mkdir(parents=True, exist_ok=True)
-        file = open(o.out / "lock", "a")
-    try:
-        import fcntl
-
-        if o.rank == 0:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        need(False, f"another command works on {o.out}: wait for it, or choose another --out")
-    except (ImportError, OSError):  # Windows, some file systems
-        print(f"{o.out} cannot be locked: let no other command work on it")
-    over_all(torch.zeros((), device=o.device)).item()  # a barrier
-    return file
-
-
 def choose_micro_batch(o, room):
-    """The largest power of two that divides this device's share and whose activations fit into `room` GB, assuming SD
-    1.5's 2.5 GB per winner (512 pixels, fp16); 1 without a GPU."""
-    each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)
+    """The largest power of two that divides this device's share and whose activations fit into `room` GB, or 1."""
+    each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)  # GB of SD 1.5
     each *= 0.25 if o.gradient_checkpointing else 1
     most = 65535 // (2 * (o.resolution // 8) ** 2) if o.frames else 64  # sequences that a temporal kernel takes
     fits = lambda n: o.batch_size // o.world % n == 0 and n * each <= room and n <= most
@@ -1011,17 +946,14 @@ def recorded(o):  # the options in config.json of --out, none for a new run
         return {**json.loads(path.read_text())["options"]} if path.exists() else {}
 
 
-def begin(o, data, trainer):
-    """Refuses an --out that holds another experiment, writes config.json, prints the plan."""
+def begin(o, data, trainer):  # refuses an --out that holds another experiment, writes config.json, prints the plan
     options = {name: value for name, value in vars(o).items() if name not in MACHINE}
     options |= {"source": data.source, "rows": data.total}
     path, old = o.out / "config.json", recorded(o)
-    then = {name: now for name, now in options.items() if name not in o.given} | old if old else options
-    changed = [name for name, now in options.items() if name != "data" and now != then.get(name)]  # source says it all
-    changed = ", ".join(f"{name} was {then.get(name, 'the default')}, is {options[name]}" for name in changed)
+    then = options | dict.fromkeys(o.given, "the default") | old if old else options
+    then["data"] = o.data  # source says it all
+    changed = ", ".join(f"{name} was {then[name]}, is {now}" for name, now in options.items() if now != then[name])
     need(not changed, f"{o.out} holds a run with other options ({changed}): choose another --out")
-    if old and options.keys() - old.keys():
-        print(f"{path} is older than {', '.join(options.keys() - old.keys())}: the default is used")
     trainer.progress["run"] = options["run"] = old.get("run", "" if old else os.urandom(8).hex())
     config = {"options": options, "machine": f"{o.world} x {o.device}, {o.dtype}"}
     config["sampler"] = dict(make_solver(trainer.codec.scheduler, o.solver).config)
@@ -1029,14 +961,14 @@ def begin(o, data, trainer):
     if o.rank == 0:
         with whole(path) as file:
             file.write_text(json.dumps(config, indent=1))
-    nets = [net for net in (trainer.policy, trainer.reference, trainer.half_copy) if net]
-    held = {id(p): p.nbytes / 1e9 for net in nets for p in net.parameters()}  # what they share counts once
-    trains = sum(p.nbytes for p in trainer.trained.values()) / 1e9
-    static = sum(held.values()) + 3 * trains  # gradients and moments
+    gb = lambda weights: sum({id(p): p.nbytes for p in weights}.values()) / 1e9  # shared weights count once
+    nets = filter(None, (trainer.policy, trainer.reference, trainer.half_copy))
+    trains = gb(trainer.trained.values())
+    static = gb(p for net in nets for p in net.parameters()) + 3 * trains  # the nets, gradients and moments
     gpu = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if o.device.type == "cuda" else 0
     o.micro_batch = o.micro_batch or choose_micro_batch(o, 0.9 * gpu - static - 3.5)
     winners, checkpoints = o.steps * o.batch_size, 1 + math.ceil(o.steps / o.save_every)
-    saved = trains if o.part != "unet" else sum(p.nbytes for p in trainer.policy.parameters()) / 1e9
+    saved = gb(trainer.policy.parameters()) if o.part == "unet" else trains
     disk, free = 6 * trains + checkpoints * saved, shutil.disk_usage(o.out).free / 1e9
     print(
         f"Training on {winners:,} preferred images (winners), {winners / data.total:.2g} epochs of the {data.total} of"
@@ -1046,10 +978,21 @@ def begin(o, data, trainer):
     )
 
 
-def save(o, trainer, shown, update, interval_ends=True):
-    """Sample images, then the pool's next checkpoint, then the state: so a kill may repeat work but loses none."""
+def save(o, trainer, captions, base, update, interval_ends=True):
+    """Sample images (step-N.png: base model and policy, at every N from the same noise; anchor-N.png: the last pairs),
+    then the pool's next checkpoint, then the state: so a kill may repeat work but loses none."""
     if o.rank == 0 and interval_ends:
-        sample_pictures(o, trainer, shown, update)
+        rows = {"base model": base} | ({f"update {update}": trainer.draw(captions)} if update else {})
+        if o.model in MINI:
+            rows["ideal"] = draw_mini(captions, torch.zeros(len(captions), 5))
+            rows = {f"{k}\nscore {mini_score(pixels, captions).mean():.2f}": pixels for k, pixels in rows.items()}
+        draw_rows(o.out / "samples" / f"step-{update}.png", captions[:12], rows)
+        if trainer.pairs:
+            captions, *latents, signs = zip(*trainer.pairs)
+            winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
+            label = "reference samples\n+1 is pushed away,\n-1 is learned from,\n0 is not used"
+            rows = {"preferred images": winners, label: samples}
+            draw_rows(o.out / "samples" / f"anchor-{update}.png", captions, rows, signs)
         with whole(o.out / f"checkpoint-{update}") as folder:
             if o.part == "lora":
                 adapters = {name.replace(".default.", "."): p.data for name, p in trainer.trained.items()}
@@ -1067,48 +1010,27 @@ def save(o, trainer, shown, update, interval_ends=True):
 def resume(o, trainer):  # restores the saved state, and returns the number of finished updates
     path, metrics = o.out / "resume.safetensors", o.out / "metrics.jsonl"
     finished, begun = ((o.out / f"checkpoint-{n}").is_dir() for n in (o.steps, o.save_every))
+    need(path.exists() or finished or not begun, f"{path} is missing, but there are checkpoints: {RESTORE}")
+    done = o.steps if finished else 0
     if path.exists():
         with explained(f"{path} cannot be read", RESTORE, Exception):
             progress = json.loads(fill(trainer.state, path)["progress"])
             done, ours = progress.pop("update"), progress.get("run", "") == trainer.progress["run"]
             need(ours and 0 < done <= o.steps, f"{path} is of another run: {RESTORE}")
         trainer.progress |= progress
-    else:
-        need(finished or not begun, f"{path} is missing, but there are checkpoints: {RESTORE}")
-        done = o.steps * finished
     ends = over_all(torch.tensor([done, -done], device=o.device), op=dist.ReduceOp.MIN)
     need(not ends.sum(), "the processes began at different updates: all machines must share the folder --out")
     if o.rank == 0 and metrics.exists():
-        lines = metrics.read_bytes().splitlines(keepends=True)
-        with whole(metrics) as file:  # drop the lines of updates that will be repeated
-            file.write_bytes(b"".join(lines[:done]))
+        with whole(metrics) as file:  # without the lines of updates that will be repeated
+            file.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:done]))
     return done
 
 
-def sample_pictures(o, trainer, shown, update):
-    """samples/step-N.png: for the same captions and noise at every N, the base model's images above the policy's. And
-    samples/anchor-N.png: the last pairs of update N, each reference sample framed by its sign."""
-    captions, base = shown
-    rows = {"base model": base} | ({f"update {update}": trainer.draw(captions)} if update else {})
-    if o.model in MINI:
-        score = lambda pixels: f"\nscore {mini_score(pixels, captions).mean():.2f}"
-        rows = {label + score(pixels): pixels for label, pixels in rows.items()}
-        rows["ideal\nscore 1.00"] = draw_mini(captions, torch.zeros(len(captions), 5))
-    draw_rows(o.out / "samples" / f"step-{update}.png", captions[:12], rows)
-    if trainer.pairs:
-        captions, *latents, signs = zip(*trainer.pairs)
-        winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
-        label = "reference samples\n+1 is pushed away,\n-1 is learned from,\n0 is not used"
-        rows = {"preferred images": winners, label: samples}
-        draw_rows(o.out / "samples" / f"anchor-{update}.png", captions, rows, signs)
-
-
 def draw_rows(file, captions, rows, signs=()):
-    """A PNG with one column per caption and one row per entry of {label: (n, 3, [F,] R, R) pixels in [-1, 1]}. A clip
-    is shown as four of its frames, one below the other. signs: -1, 0 or 1 for each image of the last row."""
+    """A PNG: one column per caption, one row per {label: (n, 3, [F,] R, R) pixels}. signs: of the last row."""
     font, sheet = ImageFont.load_default(13), None
     for y, (label, pixels) in enumerate(rows.items()):
-        if pixels.ndim == 5:  # (n, 3, F, R, R) -> (n, 3, 4 R, R)
+        if pixels.ndim == 5:  # (n, 3, F, R, R) -> (n, 3, 4 R, R): four frames, one below the other
             pixels = pixels[:, :, :: max(1, pixels.shape[2] // 4)][:, :, :4].flatten(2, 3)
         pixels = ((pixels + 1) * 127.5).round().byte().movedim(1, -1)  # (n, R, R, 3)
         height, width = (max(1, 64 // pixels.shape[2]) * size for size in pixels.shape[1:3])
@@ -1132,42 +1054,38 @@ def draw_rows(file, captions, rows, signs=()):
 def how_to_load(o):  # the last lines of a run: a program that loads what it made
     load = lambda kind, *where: f"diffusers.{kind}.from_pretrained({', subfolder='.join(map(repr, where))})"
     kind = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
-    folder, lora, lines = f"checkpoint-{o.steps}", o.part == "lora", ["To load it:", "import diffusers"]
+    folder, lora = f"checkpoint-{o.steps}", o.part == "lora"
     parts = {} if lora else {o.part: load(kind, str(o.out), f"{folder}/{o.part}")}  # not the model's own
     if lora and o.model in MINI:
         return f"To draw with it: python eval.py --unet {o.out}"
     if o.frames:
         parts.setdefault("motion_adapter", load("MotionAdapter", o.motion_adapter) if lora else "None")
         parts["scheduler"] = f"diffusers.DDIMScheduler(**{ANIMATEDIFF})"
-    lines += [f"{name} = {value}" for name, value in parts.items()]
+    lines = ["To load it:", "import diffusers", *(f"{name} = {value}" for name, value in parts.items())]
     if o.model not in MINI:
         pipeline = f"diffusers.{'AnimateDiffPipeline' if o.frames else 'StableDiffusionPipeline'}"
         lines.append(f"pipe = {pipeline}.from_pretrained({', '.join([repr(o.model), *(f'{n}={n}' for n in parts)])})")
-    lines += [f"pipe.load_lora_weights({str(o.out / folder)!r}, weight_name={LORA_FILE!r})"] if lora else []
+    if lora:
+        lines.append(f"pipe.load_lora_weights({str(o.out / folder)!r}, weight_name={LORA_FILE!r})")
     return "\n  ".join(lines)
 
 
-SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, micro_batch=64, generate_batch=64)
-SMALL |= dict(sampler_steps=8, guidance=1.0)
-MINI = {  # overrides for the toy task: its net is small and its errors are far larger, so it has its own beta and lr
-    "mini": SMALL | dict(steps=100, save_every=20, lr=3e-4, beta=5.0),
-    "mini-untrained": SMALL | dict(steps=15000, save_every=15000, lr=2e-3, lr_schedule="linear"),
-}
+SMALL = dict(resolution=16, caption_dropout=0.1, batch_size=64, generate_batch=64, sampler_steps=8, guidance=1.0)
+MINI = {"mini": SMALL | dict(steps=100, save_every=20, lr=3e-4, beta=5.0)}  # its errors are far larger: own lr, beta
+MINI["mini-untrained"] = SMALL | dict(steps=15000, save_every=15000, lr=2e-3, lr_schedule="linear")
 MINI["mini-untrained"] |= dict(data="mini-mixture", method="sft")
 MOVED = {"pickapic": PICKAPIC[0], "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 CLIPS = dict(frames=16, train="motion", generate_batch=1, gradient_checkpointing=True)  # what --motion-adapter changes
 
 
-def spelled(name):
-    """One canonical path per folder. Ids that were removed from the hub become those of a mirror."""
+def spelled(name):  # one canonical path per folder; ids that were removed from the hub become those of a mirror
     path = os.path.expanduser(name)
     is_local = name[:1] in "/.~" or name.partition("@")[0].count("/") > 1 or "/" in name and Path(name).parent.is_dir()
     need(os.path.exists(path) or not is_local, f"{name}: no such file or folder")
     return os.path.realpath(path) if os.path.exists(path) and name not in MINI_DATA else MOVED.get(name, name)
 
 
-def parse_args(argv=None):
-    """A command line -> all options. Raises UserError."""
+def parse_args(argv=None):  # a command line -> all options; raises UserError
     parser = argparse.ArgumentParser(allow_abbrev=False, description="[default]; the toy task overrides some.")
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
@@ -1205,18 +1123,17 @@ def parse_args(argv=None):
     given, _ = parser.parse_known_args(argv)
     parser.set_defaults(**MINI.get(given.model, CLIPS if given.motion_adapter else {}))
     o = parser.parse_args(argv)
-    given = {name: value for name, value in vars(o).items() if value != parser.get_default(name)}
+    o.given = {name: value for name, value in vars(o).items() if value != parser.get_default(name)}
     for name, preset in METHODS[o.method].items():
         setattr(o, name, getattr(o, name) or preset)
-    o.given = [*given]
     join_devices(o)
-    complete(o, given)
+    complete(o)
     return o
 
 
-def complete(o, given):  # what follows from the options; what does not fit is refused
+def complete(o):  # what follows from the options; what does not fit is refused
     o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # it saves
-    named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in given.items() if name not in UNNAMED]
+    named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in o.given.items() if name not in UNNAMED]
     name = "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-")
     o.out = Path(os.path.expanduser(o.out or name))
     for name, value in vars(o).items():
@@ -1230,18 +1147,14 @@ def complete(o, given):  # what follows from the options; what does not fit is r
     need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (toy task: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
-    o.micro_batch = min(o.micro_batch, max(1, o.batch_size // o.world)) if mini else o.micro_batch
+    o.micro_batch = min(o.micro_batch or 64, max(1, o.batch_size // o.world)) if mini else o.micro_batch
     need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--batch-size: a multiple of --micro-batch x devices")
 
 
 def join_devices(o):  # this process's device, rank and world, as torchrun says or alone; and its dtype
-    env = os.environ
-    places = [env.get(name, alone) for name, alone in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
-    alone = places[1] == "1" and env.get("SLURM_PROCID", "0") in ("0", env.get("RANK"))  # srun alone joins nothing
-    fits = all(map(str.isdigit, places)) and (alone or {"RANK", "MASTER_ADDR"} <= {*env})
-    need(
-        fits, "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR are not as torchrun sets them: use torchrun, or unset them"
-    )
+    places = [os.environ.get(name, alone) for name, alone in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
+    fits = all(map(str.isdigit, places)) and (places[1] == "1" or {"RANK", "MASTER_ADDR"} <= {*os.environ})
+    need(fits, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR are not as torchrun sets them: use torchrun, or unset them")
     o.rank, o.world, local = map(int, places)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -1260,13 +1173,25 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
     o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # for modules used only for inference
 
 
-def run(argv=None):  # the command's whole work
+def run(argv=None):  # the command's whole work: one process group per folder
     o = parse_args(argv)
-    if o.world > 1:
+    if o.world > 1:  # with a long timeout, as process 0 may write 14 GB to a slow disk
         with explained("the processes cannot find each other", "start them with torchrun", Exception):
-            backend = "gloo" if o.device.type == "cpu" else "nccl"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))  # process 0 may write 14 GB to a slow disk
-    with lock(o):
+            dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl", timeout=timedelta(hours=2))
+    with explained(f"{o.out} cannot be written", ROOM):
+        o.out.mkdir(parents=True, exist_ok=True)
+        lock = open(o.out / "lock", "a")  # closing it unlocks the folder, and so does the end of the process
+    try:
+        import fcntl
+
+        if o.rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        need(False, f"another command works on {o.out}: wait for it, or choose another --out")
+    except (ImportError, OSError):  # Windows, some file systems
+        print(f"{o.out} cannot be locked: let no other command work on it")
+    over_all(torch.zeros((), device=o.device)).item()  # a barrier
+    with lock:
         train(o)
 
 
