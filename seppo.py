@@ -63,8 +63,8 @@ from tqdm import tqdm
 #     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      beta/2: the paper's beta T w(lambda_t), as a constant
 #
 # +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the
-# reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, as long as the
-# policy still is its reference, and only the winner counts. Below, "inferred" marks what the paper does not specify.
+# reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, because the
+# policy and its reference have equal weights; only the winner counts. "Inferred": the paper does not specify it.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
@@ -74,11 +74,11 @@ def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors 
 def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
-    (reference_w: the reference's error of x^w), and passed by name, as other code has another order. All are computed
-    the same way (dtype, kernels, batch shape), in fp32: beta multiplies their rounding.
+    (reference_w: the reference's error of x^w), and passed by name, as other code orders them differently. All must
+    use the same dtype, kernels and batch shape, and be fp32, because beta multiplies rounding errors.
     flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation 1(x > 0),
-    where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Others: ValueError.
-    sign: (B,), if already decided (Trainer.anchor_sign); None: computed here. `flip` is applied either way.
+    where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Raises ValueError otherwise.
+    sign: (B,) signs that Trainer.anchor_sign has decided, or None: computed here. `flip` is applied either way.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
     tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`."""
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
@@ -111,7 +111,7 @@ METHODS = {  # one loss, six methods: where x^r comes from, which checkpoint is 
     "spin": dict(loser="generated", reference="latest", flip="none"),
     "ditto": dict(loser="generated", reference="initial", flip="none"),
     "dpo": dict(loser="data", reference="initial", flip="none"),
-    "sft": dict(loser="none", reference="initial", flip="none"),  # without x^r the other two do not matter
+    "sft": dict(loser="none", reference="initial", flip="none"),  # without x^r the other two are unused
 }
 
 
@@ -125,7 +125,7 @@ def predict(unet, x_t, t, context):
 def denoising_error(unet, scheduler, x_0, eps, t, context):
     """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
     x_0, eps: (B, C, h, w) fp32 latents and noise, or (B, C, F, h, w) of clips. t: (B,) integer timesteps.
-    context: (B, tokens, width), the encoded captions. scheduler: diffusers'; it knows abar and the net's target."""
+    context: (B, tokens, width), the encoded captions. scheduler: diffusers', with abar and the prediction type."""
     x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     target = scheduler.get_velocity(x_0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
     return (predict(unet, x_t, t, context) - target).square().flatten(1).mean(1)
@@ -135,7 +135,7 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
     """The summed loss of B pairs, to call backward on, and {statistic: (B,) values}.
     x_w, x_r: (B, C, h, w) latents of winners and reference samples (dpo: losers). eps, t, context: as above, shared.
     reference None: SFT, whose loss is the winner's error itself.
-    sign: (B,), if it is already decided. Where it is 0, x_r is a placeholder (x_w) that keeps the batch shape; it
+    sign: (B,) signs decided before, or None. Where it is 0, x_r is a placeholder (x_w) that keeps the batch shape; it
     enters neither the loss nor the statistics of pairs."""
     if reference is None:
         m = denoising_error(policy, scheduler, x_w, eps, t, context)
@@ -157,8 +157,8 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
 
 
 # ---- 2. The sampler -------------------------------------------------------------------------------------------------
-# Reference samples are born as latents and stay latents (the paper does not say): a round trip through the VAE costs
-# 4.5 UNet forwards and adds the VAE's own error.
+# Reference samples stay latents (our choice; the paper does not say). A round trip through the VAE would cost 4.5
+# forward passes of the UNet (computed) and add the VAE's own error.
 
 SOLVERS = {  # all deterministic; none clips latents; "trailing" spacing starts at the last timestep
     "dpm++": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", timestep_spacing="trailing")),
@@ -199,7 +199,7 @@ WARMUP, MAX_NORM = 0.25, 1.0  # share of all updates in which the learning rate 
 ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # averaged over winners
 OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # averaged over winners that have an x^r
-CALMER = "take a lower --lr, or --dtype fp32, in another --out"  # against gradients that are not finite
+CALMER = "use a lower --lr, or --dtype fp32, in a new --out"  # against gradients that are not finite
 
 
 class Trainer:
@@ -214,7 +214,7 @@ class Trainer:
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
         if o.dtype == "fp16" and (self.reference or o.part != "unet"):
             self.half_copy = copy.deepcopy(policy).half().requires_grad_(False)  # precise enough for generating
-            # Autocast rounds these weights anyway, so all nets share them. What a checkpoint saves stays in fp32.
+            # Autocast rounds frozen matrices anyway, so all nets share one fp16 copy. Saved weights stay in fp32.
             for net in filter(None, (self.reference, policy if o.part != "unet" else None)):
                 for mine, its in zip(net.modules(), self.half_copy.modules()):
                     if type(mine) in (torch.nn.Linear, torch.nn.Conv2d) and not mine.weight.requires_grad:
@@ -232,21 +232,21 @@ class Trainer:
         self.gradients = lambda: [p.grad for p in self.trained.values() if p.grad is not None]  # None: unused weights
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
         self.state = dict(self.trained)  # with self.progress, everything needed to resume
-        for name, p in self.trained.items():  # Adam's moments: now, so that too small a GPU fails at once
+        for name, p in self.trained.items():  # allocate Adam's moments now: too small a GPU fails at once
             moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=p.new_zeros(()))
             self.optimizer.state[p] = moments
             self.state |= {f"{name} {moment}": tensor for moment, tensor in moments.items()}
         side = o.resolution // codec.factor
         self.shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)  # of latents
         self.empty = codec.encode_text([""])  # (1, tokens, width)
-        # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid; times
-        # this it is 8 * error * sigmoid, in the middle of fp16's range whatever beta and N are. Weights are fp32.
+        # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid.
+        # The scale makes it 8 * error * sigmoid, mid-range in fp16 for every beta and N. Weights are fp32.
         full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
-        self.scale = full if o.dtype == "fp16" else 1.0  # times progress["scale"]: lower after an overflow
+        self.scale = full if o.dtype == "fp16" else 1.0  # multiplied by progress["scale"], lowered on overflow
         self.progress = {"scale": 1.0, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of this update: {statistic: sum}; Counter.update adds
-        self.pairs = deque(maxlen=12 if o.model in MINI else 4)  # the last: caption, x_w, x_r, sign
+        self.pairs = deque(maxlen=12 if o.model in MINI else 4)  # latest pairs: caption, x_w, x_r, sign
 
     def set_reference(self, update):  # from the k checkpoints so far, once every save_every updates (inferred)
         k = update // self.o.save_every + 1
@@ -267,13 +267,13 @@ class Trainer:
             _, m = batch_loss(*nets, self.codec.scheduler, x_w, eps, t, context, x_r)
         gaps = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
         logit = 0.5 * o.beta * gaps.abs().max().item()
-        print(f"Self-check: at equal weights, policy and reference are {logit:.2g} of a logit apart.")
-        need(logit < 0.3, f"self-check: {logit:.2g} of a logit apart: signs would be rounding, not one numeric path")
+        print(f"Self-check: at equal weights, policy and reference differ by {logit:.2g} of a logit.")
+        need(logit < 0.3, f"self-check: the gap is {logit:.2g} of a logit, so signs would be noise: try --dtype fp32")
 
     @torch.no_grad()
     def anchor_sign(self, batch, texts, noise_r):
-        """(B,) signs, where they are decided before any x^r is generated (--flip indicator): 1 (x^r loses) or 0 (no
-        x^r is needed). None: the loss decides. assets/study.py decides in other ways, from captions and noise too."""
+        """(B,) signs decided before x^r is generated (--flip indicator): 1 (x^r loses) or 0 (x^r is not needed). None:
+        the loss decides. assets/study.py overrides this; its rules also use `texts` and `noise_r`."""
         if self.o.flip != "indicator":
             return None
         signs, nets = [], (self.policy, self.reference)
@@ -331,7 +331,7 @@ class Trainer:
 
     def step(self, update):  # sums over devices, clips, steps, and returns the log entry
         o, progress, totals = self.o, self.progress, torch.stack([*self.sums.values()])
-        over_all(totals, *self.gradients())  # once per update: to overlap it with anything would gain nothing
+        over_all(totals, *self.gradients())  # once per update: overlapping it would gain nothing
         for gradient in self.gradients():
             gradient /= self.scale * progress["scale"] * o.batch_size
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_NORM).item()
@@ -350,7 +350,7 @@ class Trainer:
             progress["in_a_row"] += 1
             progress["skipped_updates"] += 1
             progress["scale"] /= 16 if o.dtype == "fp16" else 1
-            need(progress["in_a_row"] < 3, f"three updates in a row, until {update + 1}, are not finite: {CALMER}")
+            need(progress["in_a_row"] < 3, f"updates {update - 1} to {update + 1} had non-finite gradients: {CALMER}")
             means, norm = {}, None
         self.optimizer.zero_grad()  # before anything is saved: it frees a fifth of the memory
         self.sums, self.overflow = Counter(), False
@@ -378,7 +378,7 @@ def train(o, kind=Trainer):
     chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
     chunk *= 4 if o.flip == "indicator" else 1  # only about half need an x^r: keep the sampler's batches full
     positions = [u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share)]
-    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # the first state is saved at once: is there room?
+    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # save after one update: a full disk fails early
     total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
     with tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0) as bar:
         for update in range(done, o.steps):
@@ -391,7 +391,7 @@ def train(o, kind=Trainer):
                 bar.update(n * o.world)
                 if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
                     bar.initial, bar.start_t = bar.n, time.time()
-                    bar.last_print_t = bar.start_t  # or a bar that ends now would not end its line
+                    bar.last_print_t = bar.start_t  # otherwise a bar that ends now lacks its newline
             m, seconds = trainer.step(update), time.perf_counter() - start
             peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
             m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
@@ -430,7 +430,7 @@ def need(condition, message):
 
 @contextlib.contextmanager
 def explained(what, advice, kinds=(OSError, ValueError, LookupError, RuntimeError, SafetensorError)):
-    """Errors in the user's files become one line. kinds: `Exception` only around libraries: they raise anything."""
+    """Errors in the user's files become one line. kinds: Exception only for library calls, which raise anything."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -477,7 +477,7 @@ class Winners:
             self.total += n
         need(self.total, f"--data {o.data} has no rows")
 
-    @functools.lru_cache(6)  # so many stay in memory: 3 GB of Pick-a-Pic
+    @functools.lru_cache(6)  # groups kept in memory: 3 GB of Pick-a-Pic
     def group(self, g):  # its rows, without the ties; if the network fails, it waits and tries again
         n, read, _ = self.groups[g]
         for pause in (*self.pauses, None):
@@ -519,12 +519,12 @@ class Winners:
                 name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
                 self.unusable[reason := f"{name}: {str(error)[:200]}"] = True
             wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
-        raise UserError(f"--data {self.source}: 100 rows in a row could not be used, the last: {reason}")
+        raise UserError(f"--data {self.source}: 100 consecutive rows were unusable, the last: {reason}")
 
     def fetch(self, positions, ahead):
-        """Yields rows in order, read and decoded by threads while the GPU works. Groups are read earlier still."""
+        """Yields rows in order, read and decoded by threads while the GPU works. Groups are read even earlier."""
         reader, pool, waiting = ThreadPoolExecutor(1), ThreadPoolExecutor(min(8, os.cpu_count() or 1)), deque()
-        lead = min(128, 2 * self.total // len(self.groups))  # as few groups stay in memory
+        lead = min(128, 2 * self.total // len(self.groups))  # few groups are kept in memory
         try:
             for i, position in enumerate(positions):
                 reader.submit(self.row, positions[min(i + lead, len(positions) - 1)])
@@ -564,7 +564,7 @@ def to_pixels(picture, o, flip=False, start=0.0):
 def read_picture(picture):
     """Bytes, a path (not a string: paths named inside a Parquet file are never opened), or a dict as in `datasets`."""
     picture = picture["bytes"] if isinstance(picture, dict) else picture
-    need(picture is not None, "jpg_0 or jpg_1 has no bytes (a path is not opened): save the pictures in the Parquet")
+    need(picture is not None, "jpg_0 or jpg_1 has no bytes: store the image itself, not a path, in the Parquet")
     with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
         need(image.width * image.height <= 64e6, f"{image.width * image.height / 1e6:.0f} megapixels, the limit is 64")
         image.load()  # before the metadata, which may be malformed
@@ -572,7 +572,7 @@ def read_picture(picture):
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would turn it white
             image = image.convert("I").point(lambda value: value / 256).convert("L")
-        need(image.mode not in ("I", "F"), f"numbers of unknown scale (mode {image.mode})")
+        need(image.mode not in ("I", "F"), f"pixels of mode {image.mode} have no known scale")
         if image.has_transparency_data:  # put on white, as viewers do
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
@@ -595,7 +595,7 @@ def read_clip(path, frames, start, stride=4):  # AnimateDiff's stride
                 yield (ImageOps.flip(image) if a * d < b * c else image).rotate(frame.rotation, expand=True)
 
 
-PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2")  # copies: yuvalkirstain/pickapic_v2 is gone
+PICKAPIC = ("liuhuohuo2/pick-a-pic-v2", "Pulkit996/pick-a-pic-v2")  # mirrors: yuvalkirstain/pickapic_v2 was removed
 PAUSES = 5, 10, 20, 40, 75, 150  # seconds until the hub is asked again: five minutes in all
 COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0 = jpg_1 wins, 0.5 = a tie
 
@@ -605,14 +605,14 @@ def open_data(o):
     if o.data in MINI_DATA:
         seeds = range(512 if o.data == "mini-mixture" else 1)  # the base model hardly sees a picture twice
         return Winners(o, o.data, [(2048, functools.partial(mini_rows, o.data, 2048, seed)) for seed in seeds])
-    if os.path.isdir(o.data) and o.loser != "data":  # captions decide, even if the folder holds Parquet too
+    if os.path.isdir(o.data) and o.loser != "data":  # a folder with captions, even beside Parquet
         with explained(f"--data {o.data} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
             rows = folder_rows(Path(o.data), FILMS if o.frames else PICTURES)
         if rows:
             return Winners(o, o.data, [(len(rows), lambda: rows)])
-    need(not o.frames, f"--data {o.data} is no folder of captioned clips (no pairs), which --motion-adapter needs")
+    need(not o.frames, f"--data {o.data} is not a folder of captioned clips; --motion-adapter needs one")
     then = recorded(o)
-    source = then.get("source", "")  # of the hub with its revision, at which the run goes on
+    source = then.get("source", "")  # hub id and revision of the first start, kept on resume
     same = o.data in (then.get("data"), source.partition("@")[0])
     return Winners(o, *parquet_groups(source if same else o.data))
 
@@ -658,7 +658,7 @@ def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line
     used = {file.with_suffix("") for _, file, _ in rows}  # 0.txt and 0.json beside 0.jpg count as used
     lost = [file for _, file in named if file.with_suffix("") not in used]
     lost += [file for file in files if file.suffix.lower() in endings and file.with_suffix("") not in used]
-    said = f"--data {folder}: {len(lost)} files left out, without caption or picture: {', '.join(map(str, lost[:3]))}"
+    said = f"--data {folder}: {len(lost)} files have no caption or no picture: {', '.join(map(str, lost[:3]))}"
     need(rows or not (tables and lost), said)
     if lost:
         print(said)
@@ -696,7 +696,7 @@ def parquet_groups(name):
                 labels = {name: math.nan if v is None else v for name, v in row.items() if name[:6] == "label_"}
                 label, *other = (float(v if isinstance(v, (int, float)) else str(v)) for v in labels.values())
                 winner, loser = sides.get(label if other in ([], [1 - label]) else None, ("", ""))
-                found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # said if there is no winner
+                found = ", ".join(f"{name} is {v}" for name, v in labels.items())  # the message if there is no winner
                 rows.append(None if label == 0.5 else (row["caption"], row.get(winner, found), row.get(loser)))
         return rows
 
@@ -716,7 +716,7 @@ def of_train(source, names):  # the files with `train` as a word of their path; 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or folder (from_single_file, save_pretrained; fuse a LoRA first); --unet takes runs"
+FOLDER_OR_ID = "give a hub id or a diffusers folder (convert a file by from_single_file); runs go to --unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise schedule
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -767,7 +767,7 @@ def load_whole(kind, name, subfolder="", **options):
 
 def load_unet(name, *kinds, fuse=None):
     """A net of one of these classes, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint. If
-    `fuse` is given and there is a LoRA (a file, in one of these places, or on the hub), the net is fuse(its file)."""
+    `fuse` is given and NAME is or holds a LoRA (file, folder or hub id), the result is fuse(LoRA file)."""
     last = sorted(map(str, Path(name).glob("checkpoint-*[0-9]")), key=lambda folder: (len(folder), folder))[-1:]
     lora = [file for file in (Path(name), *(Path(where, LORA_FILE) for where in (name, *last))) if file.is_file()]
     if fuse and lora:
@@ -796,13 +796,15 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
     levels = codec.scheduler.config
     need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} predicts {levels.prediction_type}")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm cannot start at pure noise: use ddim")
+    if not o.frames and (made := codec.factor * (policy.config.sample_size or 0)) not in (0, o.resolution):
+        print(f"{where} was made at {made} pixels, --resolution is {o.resolution}")
     if o.motion_adapter:
         need(policy.mid_block, f"--motion-adapter: the UNet of {where} has no middle block, which an adapter needs")
         if not isinstance(policy, UNetMotionModel):
             with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID, Exception):
                 policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, "MotionAdapter"))
         codec.scheduler = DDPMScheduler.from_config(levels, **ANIMATEDIFF)
-        need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames}: too many for this motion adapter")
+        need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames}: above this adapter's limit")
         if o.train == "motion":
             policy.freeze_unet2d_params()
     if o.lora_rank:  # only attention adapters train; alpha = rank, as loaders assume
@@ -813,8 +815,8 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
-    other = f"--model {o.model} is no Stable Diffusion 1.x: its UNet takes {takes}, not {gives} (channels, text width)"
-    with explained(other, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may hold anything: it is tried
+    other = f"--model {o.model} is not SD 1.x: its UNet takes {takes}, not {gives} (channels, text width)"
+    with explained(other, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may be wrong: try it
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
         codec.decode(x), codec.scheduler.add_noise(x, x, torch.tensor([1])), policy.to_json_string()
@@ -832,9 +834,9 @@ def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in pla
 
 
 # ---- 7. The toy task ------------------------------------------------------------------------------------------------
-# The toy task: text-to-image for two CPU cores, on the same code path as Stable Diffusion. Its 16 x 16 pictures show
+# The toy task is text-to-image on two CPU cores, with the same code as Stable Diffusion. Its 16 x 16 pictures show
 # captioned shapes with random amounts of four flaws: off-centre, too pale or too strong, blurred, small. The base
-# model was trained on all of them. Simulated users prefer the picture with the highest `mini_score` of 16.
+# model was trained on unselected pictures. Simulated users prefer the best of 16 pictures by `mini_score`.
 
 COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.8, -0.6, 1), "yellow": (1, 0.9, -0.8)}
 SHAPES = {
@@ -912,7 +914,7 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; existing files are intact"
-RESTORE, AGAIN = "restore it, or choose another --out; several machines must share it", "fix it and rerun"
+RESTORE, AGAIN = "restore it, or choose another --out; all machines must share one --out", "fix it and rerun"
 LESS_MEMORY = "--micro-batch, --gradient-checkpointing, --generate-batch, --lora-rank"
 SAVE_SECONDS = 600  # a kill loses at most these seconds and the current update
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # shown on the progress bar
@@ -935,7 +937,7 @@ def choose_micro_batch(o, room):
     """The largest power of two that divides this device's share and whose activations fit into `room` GB, or 1."""
     each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)  # GB of SD 1.5
     each *= 0.25 if o.gradient_checkpointing else 1
-    most = 65535 // (2 * (o.resolution // 8) ** 2) if o.frames else 64  # sequences that a temporal kernel takes
+    most = 65535 // (2 * (o.resolution // 8) ** 2) if o.frames else 64  # limit of CUDA's attention kernels
     fits = lambda n: o.batch_size // o.world % n == 0 and n * each <= room and n <= most
     return max(filter(fits, (2, 4, 8, 16, 32, 64)), default=1)
 
@@ -971,9 +973,9 @@ def begin(o, data, trainer):  # refuses an --out that holds another experiment, 
     saved = gb(trainer.policy.parameters()) if o.part == "unet" else trains
     disk, free = 6 * trains + checkpoints * saved, shutil.disk_usage(o.out).free / 1e9
     print(
-        f"Training on {winners:,} preferred images (winners), {winners / data.total:.2g} epochs of the {data.total} of"
-        f" {data.source}: {o.batch_size} per update, {o.micro_batch} at a time, on {o.world} x {o.device}.\n"
-        f"{250 * trains:.1f} M weights train. Memory: {static:.3g} GB{f' of {gpu:.3g}' * bool(gpu)} and activations."
+        f"Training on {winners:,} preferred images (winners), {winners / data.total:.2g} epochs of {data.total} rows"
+        f" of {data.source}: {o.batch_size} per update, {o.micro_batch} at a time, on {o.world} x {o.device}.\n"
+        f"{250 * trains:.1f} M weights train. Memory: {static:.3g} GB{f' of {gpu:.3g}' * bool(gpu)} plus activations."
         f" Disk: {disk:.3g} GB, {'MORE than' if disk > free else 'of'} the {free:.3g} GB that are free."
     )
 
@@ -1091,7 +1093,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--method", default="seppo", choices=METHODS, help="a preset for the next three")
     add("--loser", choices=("generated", "data", "none"), help="what replaces DPO's losing image")
-    add("--reference", choices=("random", "latest", "initial"), help="which checkpoint so far is the reference")
+    add("--reference", choices=("random", "latest", "initial"), help="which earlier checkpoint is the reference")
     add("--flip", choices=("sign", "indicator", "none"), help="how the anchor criterion's sign is used")
     add("--beta", type=float, default=2000.0, help="strength of the tie to the reference; tune it and --lr first")
     add("--model", "--pretrained_model_name_or_path", type=spelled, default="mini", help="mini, a folder, or a hub id")
@@ -1099,27 +1101,27 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--motion-adapter", type=spelled, help="a folder or hub id: makes --model a text-to-video model")
     add("--frames", "--num_frames", type=int, help="frames per clip [16]")
     add("--train", choices=("motion", "all"), help="which weights of a text-to-video model learn [motion]")
-    add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: all")
+    add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: none")
     add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, a folder, a file, or a hub id")
-    add("--max-winners", "--max_train_samples", type=int, help="the first N rows only; reads whole row groups")
+    add("--max-winners", "--max_train_samples", type=int, help="use only the first N rows of the data")
     add("--resolution", type=int, default=512, help="pixels of the shorter side, then of the centre crop")
     add("--caption-dropout", type=float, default=0.2, help="share of captions replaced by the empty one")
     add("--out", "--output_dir", help="the run's folder [runs/MODEL-METHOD-...]")
     add("--steps", "--max_train_steps", type=int, default=210, help="updates")
-    add("--save-every", "--checkpointing_steps", type=int, default=30, help="updates until the pool gets a checkpoint")
+    add("--save-every", "--checkpointing_steps", type=int, default=30, help="updates between checkpoints of the pool")
     add("--batch-size", type=int, default=2048, help="winners per update, over all devices")
-    add("--micro-batch", type=int, help="winners per forward pass: lower it when memory runs out [what the GPU holds]")
-    add("--lr", "--learning_rate", type=float, default=2.048e-5, help="after the warm-up; not scaled by batch size")
-    add("--lr-schedule", "--lr_scheduler", default="constant", choices=("constant", "linear"), help="after warm-up")
+    add("--micro-batch", type=int, help="winners per forward pass: lower it when memory runs out [what fits the GPU]")
+    add("--lr", "--learning_rate", type=float, default=2.048e-5, help="rate after warm-up; not scaled by batch size")
+    add("--lr-schedule", "--lr_scheduler", default="constant", choices=("constant", "linear"), help="lr after warm-up")
     add("--gradient-checkpointing", "--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--seed", type=int, default=0, help="random seed")
     add("--generate-batch", type=int, default=16, help="reference samples generated at a time")
     add("--solver", default="dpm++", choices=SOLVERS, help="the diffusers scheduler")
     add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="sampler steps: most of a run's cost")
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale; 1: none")
-    add("--compile", action="store_true", help="compile the net that generates: 1.2 times as fast, after minutes")
+    add("--compile", action="store_true", help="compile the net that generates (speed-up not measured)")
     add("--device", help="cpu, cuda or cuda:1 [auto]")
-    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="of the error passes [fp16 on a GPU]")
+    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision of errors [fp16 on a GPU]")
     given, _ = parser.parse_known_args(argv)
     parser.set_defaults(**MINI.get(given.model, CLIPS if given.motion_adapter else {}))
     o = parser.parse_args(argv)
@@ -1131,16 +1133,16 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     return o
 
 
-def complete(o):  # what follows from the options; what does not fit is refused
+def complete(o):  # derives options and refuses wrong combinations
     o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # it saves
     named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in o.given.items() if name not in UNNAMED]
     name = "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-")
     o.out = Path(os.path.expanduser(o.out or name))
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank", "lora_rank"):
-            need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite")
-    need(not (o.lora_rank and o.unet), "--lora-rank adapts --model's own UNet: save a pipeline with that of --unet")
-    need(o.sampler_steps < 1000, "--sampler-steps: there are 1000 noise levels")
+            need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+    need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: make a pipeline with that UNet")
+    need(o.sampler_steps < 1000, f"--sampler-steps must be below 1000, got {o.sampler_steps}")
     need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout: from 0 to 1; --lora-rank: 0 or more")
     mini = o.model in MINI
     need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: add --model or --data")
@@ -1151,7 +1153,7 @@ def complete(o):  # what follows from the options; what does not fit is refused
     need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--batch-size: a multiple of --micro-batch x devices")
 
 
-def join_devices(o):  # this process's device, rank and world, as torchrun says or alone; and its dtype
+def join_devices(o):  # sets device, rank and world (from torchrun, or a single process) and dtype
     places = [os.environ.get(name, alone) for name, alone in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
     fits = all(map(str.isdigit, places)) and (places[1] == "1" or {"RANK", "MASTER_ADDR"} <= {*os.environ})
     need(fits, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR are not as torchrun sets them: use torchrun, or unset them")
@@ -1159,7 +1161,7 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for warning in said:  # an old driver: then the run would go on without its GPU
+    for warning in said:  # such as an old driver: otherwise the run would silently use the CPU
         print(f"torch finds no usable GPU: {' '.join(str(warning.message).split())}")
     name = o.device or ("cuda" if gpus else "cpu")
     need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:1")
@@ -1175,6 +1177,8 @@ def join_devices(o):  # this process's device, rank and world, as torchrun says 
 
 def run(argv=None):  # the command's whole work: one process group per folder
     o = parse_args(argv)
+    if o.model in MINI:
+        torch.set_num_threads(1)  # a second thread gains nothing on so small a net, and starves on a busy machine
     if o.world > 1:  # with a long timeout, as process 0 may write 14 GB to a slow disk
         with explained("the processes cannot find each other", "start them with torchrun", Exception):
             dist.init_process_group("gloo" if o.device.type == "cpu" else "nccl", timeout=timedelta(hours=2))
@@ -1187,9 +1191,9 @@ def run(argv=None):  # the command's whole work: one process group per folder
         if o.rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        need(False, f"another command works on {o.out}: wait for it, or choose another --out")
+        need(False, f"another command is running in {o.out}: wait for it, or choose another --out")
     except (ImportError, OSError):  # Windows, some file systems
-        print(f"{o.out} cannot be locked: let no other command work on it")
+        print(f"{o.out} cannot be locked: run only one command in it")
     over_all(torch.zeros((), device=o.device)).item()  # a barrier
     with lock:
         train(o)
@@ -1204,7 +1208,7 @@ def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     speaks = re.fullmatch("0*", os.environ.get("RANK", "0"))
     sys.stdout = sys.stdout if speaks else open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the console's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the console lacks
     said = {KeyboardInterrupt: "interrupted; run the same command again to continue"}
     said |= {torch.OutOfMemoryError: f"out of GPU memory: try, in this order, {less}"}
     try:
