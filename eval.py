@@ -423,7 +423,8 @@ def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; for th
         if model not in (None, o.model):
             print(f"--unet {spec} was trained from {model}, but --model is {o.model}")
     if o.model in seppo.MINI:
-        found["base"] = str(run / "checkpoint-0") if run else None
+        first = run / "checkpoint-0" if run else None  # a LoRA run starts from the model's own UNet
+        found["base"] = str(first) if first and not (first / seppo.LORA_FILE).exists() else None
     return found
 
 
@@ -464,9 +465,9 @@ def load_checked(name, where, base, kind):
     """Loads a UNet and checks that it has the base's shape and `kind` of prediction. For video it may be motion
     modules only. Without `where` it is the base. Raises UserError."""
     if where is None:
-        return base
+        return copy.deepcopy(base)
     spec, advice = f"--unet {name}={where}", "it takes runs, checkpoints, UNets, LoRAs and hub ids"
-    with explained(f"{spec} cannot be read", advice):
+    with explained(f"{spec} cannot be read", advice, Exception):
         kinds = [type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel)]
         unet = seppo.load_unet(where, *kinds, fuse=functools.partial(fuse_lora, base))
     if isinstance(unet, MotionAdapter):

@@ -369,9 +369,11 @@ def train(o, kind=Trainer):
     begin(o, data, trainer)
     if trainer.reference:
         trainer.check_numeric_path()
-    captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4)]
+    captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4 if o.rank == 0 else 0)]
     base = trainer.draw(captions) if o.rank == 0 else None  # what the policy draws before it is trained
     done = resume(o, trainer)
+    if 0 < done < o.steps:
+        print(f"Resuming after update {done} of {o.steps}.")
     if done == 0:
         save(o, trainer, captions, base, 0)  # the base model is checkpoint 0 of the pool
     share = o.batch_size // o.world  # winners per device and update
@@ -407,7 +409,7 @@ def train(o, kind=Trainer):
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {CALMER}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model and the policy.")
-    if o.model in MINI and o.rank == 0:
+    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else the weights are the base's
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.draw(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
@@ -486,6 +488,7 @@ class Winners:
                 return rows or [("a tie", "its row group holds only ties", None)]
             except UserError as error:
                 if pause is None or self.stop.is_set():
+                    self.stop.set()  # the other threads need not wait as long again
                     raise
                 tqdm.write(f"{error}; next attempt in {pause} s")
             self.stop.wait(pause)
@@ -716,7 +719,7 @@ def of_train(source, names):  # the files with `train` as a word of their path; 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or a diffusers folder (convert a file by from_single_file); runs go to --unet"
+FOLDER_OR_ID = "give a hub id or a diffusers folder (from_single_file makes one; fuse a LoRA first); runs go to --unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise schedule
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -755,7 +758,8 @@ class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, no
 
 def load_whole(kind, name, subfolder="", **options):
     """kind.from_pretrained, but it refuses a file that lacks weights, which diffusers would leave random."""
-    endings = {file.name.partition(".")[2] for file in Path(name, subfolder).glob("*model*.safetensors")}
+    folder = Path(name, subfolder) if Path(name, subfolder).is_dir() else Path(name)
+    endings = {file.name.partition(".")[2] for file in folder.glob("*model*.safetensors")}
     options["variant"] = "fp16" if "fp16.safetensors" in endings and "safetensors" not in endings else None
     model, info = kind.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # not buffers
@@ -816,6 +820,7 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
     other = f"--model {o.model} is not SD 1.x: its UNet takes {takes}, not {gives} (channels, text width)"
+    other = other if takes != gives else f"--model {o.model} cannot be run on {o.device}"
     with explained(other, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may be wrong: try it
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
@@ -992,8 +997,8 @@ def save(o, trainer, captions, base, update, interval_ends=True):
         if trainer.pairs:
             captions, *latents, signs = zip(*trainer.pairs)
             winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
-            label = "reference samples\n+1 is pushed away,\n-1 is learned from,\n0 is not used"
-            rows = {"preferred images": winners, label: samples}
+            kind = "reference samples" if o.loser == "generated" else "rejected images"
+            rows = {"preferred images": winners, f"{kind}\n+1: pushed away\n-1: learned from\n0: not used": samples}
             draw_rows(o.out / "samples" / f"anchor-{update}.png", captions, rows, signs)
         with whole(o.out / f"checkpoint-{update}") as folder:
             if o.part == "lora":
@@ -1011,7 +1016,7 @@ def save(o, trainer, captions, base, update, interval_ends=True):
 
 def resume(o, trainer):  # restores the saved state, and returns the number of finished updates
     path, metrics = o.out / "resume.safetensors", o.out / "metrics.jsonl"
-    finished, begun = ((o.out / f"checkpoint-{n}").is_dir() for n in (o.steps, o.save_every))
+    finished, begun = ((o.out / f"checkpoint-{n}").is_dir() for n in (o.steps, max(2, o.save_every)))
     need(path.exists() or finished or not begun, f"{path} is missing, but there are checkpoints: {RESTORE}")
     done = o.steps if finished else 0
     if path.exists():
@@ -1084,7 +1089,8 @@ def spelled(name):  # one canonical path per folder; ids that were removed from 
     path = os.path.expanduser(name)
     is_local = name[:1] in "/.~" or name.partition("@")[0].count("/") > 1 or "/" in name and Path(name).parent.is_dir()
     need(os.path.exists(path) or not is_local, f"{name}: no such file or folder")
-    return os.path.realpath(path) if os.path.exists(path) and name not in MINI_DATA else MOVED.get(name, name)
+    is_path = os.path.exists(path) and name not in (*MINI_DATA, *MINI)
+    return os.path.realpath(path) if is_path else MOVED.get(name, name)
 
 
 def parse_args(argv=None):  # a command line -> all options; raises UserError
@@ -1166,7 +1172,8 @@ def join_devices(o):  # sets device, rank and world (from torchrun, or a single 
     name = o.device or ("cuda" if gpus else "cpu")
     need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:1")
     o.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
-    need(name == "cpu" or o.device.index < gpus, f"--device {name}: torch finds {gpus} GPUs here; --device cpu works")
+    most = max(local, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1) if name == "cuda" else o.device.index
+    need(name == "cpu" or most < gpus, f"--device {name}: torch finds {gpus} GPUs here; --device cpu works")
     if o.device.type == "cuda":
         torch.cuda.set_device(o.device)
         torch.backends.cudnn.allow_tf32 = False  # keep fp32 exact
@@ -1214,7 +1221,7 @@ def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     try:
         return work(argv) or 0
     except (UserError, *said) as error:
-        message, code = said.get(type(error), error), 130 if isinstance(error, KeyboardInterrupt) else 2
+        message, code = said.get(type(error), str(error)), 130 if isinstance(error, KeyboardInterrupt) else 2
     if speaks or dist.is_initialized():  # an error that all processes find is printed once
         print(f"{program}: {message}", file=sys.stderr)
     return code
