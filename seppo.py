@@ -1161,7 +1161,7 @@ def labelled_rows(captions, rows):
         draw = ImageDraw.Draw(sheet)
         draw.multiline_text((4, HEAD + height * (y + 0.5)), label, "black", font, "lm")
         for x, (caption, tile) in enumerate(zip(captions, pixels)):
-            text = "\n".join(textwrap.wrap(caption, width // 7, max_lines=2, placeholder=" ..."))
+            text = "" if y else "\n".join(textwrap.wrap(caption, width // 7, max_lines=2, placeholder=" ..."))  # once
             draw.multiline_text((MARGIN + width * (x + 0.5), HEAD / 2), text, "black", font, "mm", align="center")
             tile = Image.fromarray(tile.numpy()).resize((width - 2, height - 2), Image.NEAREST)
             sheet.paste(tile, (MARGIN + width * x, HEAD + height * y))
