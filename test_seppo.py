@@ -1370,10 +1370,33 @@ def test_prompts_of_every_form():
     Path("p.json").write_text(json.dumps([{"prompt": p, "image_path": ["x"]} for p in wanted]))
     Path("p.jsonl").write_text("".join(json.dumps({"caption": p}) + "\n" for p in wanted))
     assert [evaluation.read_prompts(name) for name in ("p.txt", "p.json", "p.jsonl")] == [wanted] * 3
-    assert len(evaluation.read_prompts("mini")) == 480
+    assert evaluation.read_prompts("mini") == seppo.CAPTIONS * 30
     # as ftfy, html.unescape and white space clean-up in OpenAI's and open_clip's tokenizers leave it
     assert evaluation.clean("\ufeffa “b”\n\t‘c’ &amp;amp; d ") == "a \"b\" 'c' & d"
     assert evaluation.clean("Ｆｕｌｌ，width cafe\u0301") == "Full,width café"
+
+
+def test_named_prompts_come_from_the_right_files_in_order(monkeypatch):
+    """Pick-a-Pic's from validation_unique alone; HPD's style after style, as in its table; Parti's by their column."""
+    styles = ("anime", "concept-art", "paintings", "photo")
+    files = {f"{style}.json": json.dumps([f"{style} {i}" for i in range(800)]) for style in reversed(styles)}
+    files["PartiPrompts.tsv"] = "Prompt\tCategory\n" + "".join(f'a "{i}\tPeople\n' for i in range(1632))
+    for name, text in files.items():
+        Path(name).write_text(text)
+    for split in ("test", "test_unique", "train", "validation", "validation_unique"):
+        write_parquet(Path(f"all/data/{split}-0.parquet"), {"caption": [f"{split} {i}" for i in range(500)]})
+
+    def snapshot(name, repo_type, allow_patterns):
+        if name == "yuvalkirstain/pickapic_v2_no_images":
+            raise OSError("it has left the hub")
+        left = lambda _, names: [n for n in names if n != "data" and not fnmatch.fnmatch(f"data/{n}", allow_patterns)]
+        return shutil.copytree("all", "taken", ignore=left)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, repo_type: Path(file).name)
+    assert evaluation.read_prompts("pickapic") == [f"validation_unique {i}" for i in range(500)]
+    assert evaluation.read_prompts("hpsv2") == [f"{style} {i}" for style in styles for i in range(800)]
+    assert evaluation.read_prompts("parti") == [f'a "{i}' for i in range(1632)]
 
 
 VISION, TEXT, DEPTH, PATCH, BERT_TEXT = 128, 64, 2, 56, 32  # widths, layers and so on of the small ones here
@@ -1588,26 +1611,69 @@ def test_pictures_are_what_diffusers_draws(pipeline, evaluate):
         assert difference.abs().max() < 1.01 and difference.mean().abs() < 0.1, "rounded, not cut"
 
 
+def test_a_protocol_has_its_resize_and_only_the_papers_prompts_its_figures(evaluate, scorer_weights):
+    for protocol, antialias in (("paper", False), ("paired", True)):
+        argv = ["--protocol", protocol, "--max-prompts", 2, "--resolution", 320, "--scorers", "hpsv2"]
+        assert evaluate(*argv, "--sampler-steps", 4) == 0
+        scorer, (rows, _) = evaluation.load_scorer("hpsv2", scorer_weights, antialias=antialias), drawn()
+        scores = scorer.score([Image.open(Path("out", row["file"])) for row in rows], [row["prompt"] for row in rows])
+        assert [row["hpsv2"] for row in rows] == pytest.approx(scores.tolist(), abs=2e-6)
+        assert "the paper's own figures" not in Path("out/table.md").read_text()
+
+
+def test_clips_are_what_animatediff_draws(pipeline, adapter, evaluate, scorer_weights):
+    """A filmstrip of its frames; the score is their mean; another adapter is another model."""
+    motion = diffusers.MotionAdapter.from_pretrained(adapter)
+    for p in motion.parameters():
+        p.data += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    motion.save_pretrained("other")
+    argv = ["--motion-adapter", adapter, "--frames", 3, "--max-prompts", 2, "--unet", "x=other", "--guidance", 3]
+    assert evaluate(*argv, "--batch-size", 2) == 0
+    scorer, (rows, _) = evaluation.load_scorer("clip", scorer_weights), drawn()
+    noises = evaluation.start_noise(["picture 0", "picture 1"], (4, 3, 8, 8))
+    levels = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing")
+    for row in rows:
+        loaded = diffusers.MotionAdapter.from_pretrained("other" if row["model"] == "x" else adapter)
+        pipe = diffusers.AnimateDiffPipeline.from_pretrained(pipeline, motion_adapter=loaded)
+        pipe.scheduler = DPMSolverMultistepScheduler(**levels)
+        size = dict(num_frames=3, num_inference_steps=2, guidance_scale=3.0, height=64, width=64)
+        frames = pipe(row["prompt"], latents=noises[row["index"]][None], **size).frames[0]
+        strip = evaluation.to_tensor(Image.open(Path("out", row["file"]))).unflatten(2, (3, 64)).unbind(2)
+        for i, frame in enumerate(map(evaluation.to_tensor, frames)):
+            assert close(strip[i], frame, 1.01 / 255), f"frame {i} of {row['model']}"
+        assert row["clip"] == pytest.approx(scorer.score(frames, [row["prompt"]] * 3).mean().item(), abs=1e-4)
+
+
 def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
     """Killed and begun again it makes the same files; and whatever changes a picture changes its name."""
     other_unet("other", pipeline)
     assert evaluate("--unet", "x=other", "--out", "straight") == 0
-    calls, stop, draw = [], 2, seppo.sample
-    monkeypatch.setattr(seppo, "sample", lambda *a: interrupt() if calls.append(a) or len(calls) == stop else draw(*a))
+    draw = seppo.sample
+    monkeypatch.setattr(seppo, "sample", sample := Mock())
+    sample.side_effect = lambda *a: draw(*a) if sample.call_count != 2 else signal.raise_signal(signal.SIGINT)
     assert evaluate("--unet", "x=other") == 130
     next(Path("out/pictures/base").glob("00001-*.png")).unlink()  # its batch of three is made again, and no other
-    assert evaluate("--unet", "x=other") == 0 and len(calls) == 2 + 6
+    assert evaluate("--unet", "x=other") == 0 and sample.call_count == 2 + 6
     assert drawn() == drawn("straight")
-    stop, settings = None, ["", "--seed 1", "--guidance 3", "--solver ddim", "--sampler-steps 3", "--protocol paper"]
-    for setting in settings:
-        calls.clear()
-        assert evaluate("--scorers", "aesthetic", "--max-prompts", 1, *setting.split()) == 0
-        assert len(calls) == bool(setting), "a subset needs no new picture; another setting does"
+    monkeypatch.setattr(seppo, "sample", sample := Mock(wraps=draw))
+
+    def makes(*argv):  # how many pictures are made for one prompt
+        sample.reset_mock()
+        assert evaluate("--scorers", "aesthetic", "--max-prompts", 1, *argv) == 0
+        return sample.call_count
+
+    assert makes() == 0, "a subset needs no new picture"
+    for setting in ("--seed 1", "--guidance 3", "--solver ddim", "--sampler-steps 3", "--protocol paper"):
+        assert makes(*setting.split()) == 1, setting
     other_unet("other", pipeline, 0.2)
-    assert evaluate("--unet", "x=other") == 0 and len(calls) == 1 + 3, "other weights under the same name"
+    assert makes("--unet", "x=other") == 1, "other weights under the same name"
+    for part in ("vae", "text_encoder"):
+        file = next((shutil.copytree(pipeline, Path(part)) / part).glob("*.safetensors"))
+        save_file({name: 1.1 * p if p.is_floating_point() else p for name, p in load_file(file).items()}, file)
+        assert makes("--model", part) == 1, f"another {part}"
     words = shutil.copytree(pipeline, Path("words")) / "tokenizer/tokenizer.json"
     words.write_text(words.read_text().replace('"p":', '"P":'))
-    assert evaluate("--model", "words") == 0 and len(calls) == 1 + 3 + 3, "other tokens of the same prompts"
+    assert makes("--model", "words") == 1, "other tokens of the same prompt"
 
 
 REFUSED = (
