@@ -557,7 +557,7 @@ def to_pixels(picture, o, flip=False, start=0.0):
             fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
             need(len(fitted) == (o.frames or 1), f"{len(fitted)} frames, --frames is {o.frames}")
         except Exception as error:  # untrusted bytes can make a decoder raise anything
-            raise ValueError(f"no readable picture: {error}") from error
+            raise ValueError(f"no readable picture: {str(error).partition(' <_io.')[0]}") from error  # no address
         values = torch.frombuffer(bytearray().join(frame.tobytes() for frame in fitted), dtype=torch.uint8)
         picture = values.view(-1, o.resolution, o.resolution, 3).permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, R, R)
         picture = picture if o.frames else picture[:, 0]
