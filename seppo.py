@@ -755,7 +755,8 @@ class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, no
 
 def load_whole(kind, name, subfolder="", **options):
     """kind.from_pretrained, but it refuses a file that lacks weights, which diffusers would leave random."""
-    endings = {file.name.partition(".")[2] for file in Path(name, subfolder).glob("*model*.safetensors")}
+    folder = Path(name, subfolder) if Path(name, subfolder).is_dir() else Path(name)
+    endings = {file.name.partition(".")[2] for file in folder.glob("*model*.safetensors")}
     options["variant"] = "fp16" if "fp16.safetensors" in endings and "safetensors" not in endings else None
     model, info = kind.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # not buffers
@@ -1065,8 +1066,7 @@ def how_to_load(o):  # the last lines of a run: a program that loads what it mad
     if o.model not in MINI:
         pipeline = f"diffusers.{'AnimateDiffPipeline' if o.frames else 'StableDiffusionPipeline'}"
         lines.append(f"pipe = {pipeline}.from_pretrained({', '.join([repr(o.model), *(f'{n}={n}' for n in parts)])})")
-    if lora:
-        lines.append(f"pipe.load_lora_weights({str(o.out / folder)!r}, weight_name={LORA_FILE!r})")
+    lines += [f"pipe.load_lora_weights({str(o.out / folder)!r}, weight_name={LORA_FILE!r})"] if lora else []
     return "\n  ".join(lines)
 
 
