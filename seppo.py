@@ -1072,8 +1072,7 @@ def how_to_load(o):  # the last lines of a run: a program that loads what it mad
     if o.model not in MINI:
         pipeline = f"diffusers.{'AnimateDiffPipeline' if o.frames else 'StableDiffusionPipeline'}"
         lines.append(f"pipe = {pipeline}.from_pretrained({', '.join([repr(o.model), *(f'{n}={n}' for n in parts)])})")
-    if lora:
-        lines.append(f"pipe.load_lora_weights({str(o.out / folder)!r}, weight_name={LORA_FILE!r})")
+    lines += [f"pipe.load_lora_weights({str(o.out / folder)!r}, weight_name={LORA_FILE!r})"] if lora else []
     return "\n  ".join(lines)
 
 
