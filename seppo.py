@@ -413,7 +413,7 @@ def train(o, kind=Trainer):
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.draw(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
-        print("Next: python eval.py measures it with error bars; README.md says how to train on your own images.")
+        print("Next: python eval.py measures it; README.md says how to train on your own images.")
     print(how_to_load(o))
 
 
@@ -819,9 +819,8 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
-    other = f"--model {o.model} is not SD 1.x: its UNet takes {takes}, not {gives} (channels, text width)"
-    other = other if takes != gives else f"--model {o.model} cannot be run on {o.device}"
-    with explained(other, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may be wrong: try it
+    fails = f"--model {o.model} does not run as SD 1.x: its UNet takes {takes}, VAE and text encoder give {gives}"
+    with explained(fails, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may be wrong: try it
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
         codec.decode(x), codec.scheduler.add_noise(x, x, torch.tensor([1])), policy.to_json_string()
@@ -1088,8 +1087,7 @@ def spelled(name):  # one canonical path per folder; ids that were removed from 
     path = os.path.expanduser(name)
     is_local = name[:1] in "/.~" or name.partition("@")[0].count("/") > 1 or "/" in name and Path(name).parent.is_dir()
     need(os.path.exists(path) or not is_local, f"{name}: no such file or folder")
-    is_path = os.path.exists(path) and name not in (*MINI_DATA, *MINI)
-    return os.path.realpath(path) if is_path else MOVED.get(name, name)
+    return os.path.realpath(path) if os.path.exists(path) and name not in MINI_DATA else MOVED.get(name, name)
 
 
 def parse_args(argv=None):  # a command line -> all options; raises UserError

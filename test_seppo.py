@@ -1573,6 +1573,19 @@ def test_slow_the_readme_commands_learn():
 
 
 @slow
+def test_slow_the_readmes_loop_makes_its_table(pipeline, pairs, scorer_weights):
+    loop, tiny = re.search(r"```bash\nMODEL.*?\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1], " ".join(TINY)
+    put("p.txt", "a cat\na dog")
+    sizes = f"--resolution 64 --sampler-steps 2 --device cpu --scorer-weights {scorer_weights} --out table"
+    loop = loop.replace("seppo.py", f"{HERE}/seppo.py {tiny}").replace("eval.py", f"{HERE}/eval.py {sizes}")
+    script = f"MODEL={pipeline} DATA={pairs} PROMPTS=p.txt; {loop.replace('python ', sys.executable + ' ')}"
+    subprocess.run(["bash", "-ec", script], check=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    rows = [line.split(" | ")[0] for line in Path("table/table.md").read_text().splitlines() if line[:8] == "| paper-"]
+    names = "indicator initial latest no-criterion seppo sft spin"
+    assert rows == [f"| paper-{name}" for name in names.split()]
+
+
+@slow
 def test_slow_the_lesson_shows_what_it_says(monkeypatch):
     """Its code cells run in order; SePPO raises the score; without the sign a high learning rate ruins the policy."""
     monkeypatch.chdir(HERE / "assets")
