@@ -1575,7 +1575,7 @@ def test_slow_the_readme_commands_learn():
 @slow
 def test_slow_the_readmes_loop_makes_its_table(pipeline, pairs, scorer_weights):
     loop, tiny = re.search(r"```bash\nMODEL.*?\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1], " ".join(TINY)
-    put("p.txt", "a cat\na dog")
+    put(Path("p.txt"), "a cat\na dog")
     sizes = f"--resolution 64 --sampler-steps 2 --device cpu --scorer-weights {scorer_weights} --out table"
     loop = loop.replace("seppo.py", f"{HERE}/seppo.py {tiny}").replace("eval.py", f"{HERE}/eval.py {sizes}")
     script = f"MODEL={pipeline} DATA={pairs} PROMPTS=p.txt; {loop.replace('python ', sys.executable + ' ')}"
