@@ -1653,4 +1653,4 @@ def test_slow_two_processes_are_one(tmp_path, how):
     with open("run2/lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         said = process(*argv, "--out", "run2", torchrun=2).stderr
-    assert "another command works on run2" in said and "another process of this run has ended" in said
+    assert "another command is running in run2" in said and "another process of this run has ended" in said
