@@ -56,8 +56,8 @@ ADAPTERS = "pytorch_lora_weights.safetensors"
 # ---- Small things in the real layouts -------------------------------------------------------------------------------
 
 
-def encoded(image, kind, **options):
-    image.save(buffer := io.BytesIO(), kind, **options)
+def encoded(image, kind, **settings):
+    image.save(buffer := io.BytesIO(), kind, **settings)
     return buffer.getvalue()
 
 
@@ -139,8 +139,8 @@ def pairs(tmp_path):
     return put(tmp_path / "pairs.parquet", pickapic_rows(10))
 
 
-TINY = "--resolution 64 --batch-size 4 --micro-batch 2 --generate-batch 4 --steps 4 --save-every 2 --sampler-steps 2"
-TINY = [*TINY.split(), "--lr", "1e-3", "--out", "run", "--device", "cpu"]
+SIZES = "--resolution 64 --batch-size 4 --micro-batch 2 --generate-batch 4 --steps 4 --save-every 2 --sampler-steps 2"
+TINY = [*SIZES.split(), "--lr", "1e-3", "--out", "run", "--device", "cpu"]
 run = lambda pipeline, data, *more: seppo.main([*map(str, ("--model", pipeline, "--data", data, *TINY, *more))])
 options = lambda *more: seppo.parse_args([*map(str, ("--model", "x", "--resolution", 64, "--data", *more))])
 # the first n rows: (position, caption, winner, loser, replaced) each
@@ -267,9 +267,9 @@ def test_a_row_group_is_read_once_and_ahead_of_its_use():
 
     def winners(groups, n, *more):
         rows = lambda g: [(f"{g} {i}", jpeg(0) if i else None, None) for i in range(n)]  # the first has no picture
-        slow = lambda g: (time.sleep(0.03), read.append(g), rows(g))[-1]  # another thread may ask meanwhile
+        read_slowly = lambda g: (time.sleep(0.03), read.append(g), rows(g))[-1]  # another thread may ask meanwhile
         read.clear()
-        return seppo.Winners(options("y", *more), "y", [(n, lambda g=g: slow(g)) for g in range(groups)])
+        return seppo.Winners(options("y", *more), "y", [(n, lambda g=g: read_slowly(g)) for g in range(groups)])
 
     data = winners(12, 10)
     names = [data.row(n)[0] for n in range(240)]
@@ -331,7 +331,7 @@ def test_a_run_waits_for_the_network_and_keeps_its_revision(hub, pipeline, capsy
     assert run(pipeline, "me/pairs") == 2 and "no split named train" in capsys.readouterr().err
 
 
-def pictures(folder, names, **captions):
+def captioned(folder, names, **captions):
     """Small JPEGs and their captions, which are given as bytes, or the pictures' names."""
     for path in map(Path(folder).joinpath, names.split()):
         put(path.with_suffix(".txt"), captions.get(path.stem, f"caption {path.stem}")), put(path, jpeg(0))
@@ -343,7 +343,7 @@ captions_of = lambda folder: {row[1].strip() for row in rows_of(folder, 20)}
 
 def test_picture_folders(tmp_path, capsys):
     """A picture with a caption is data. Nothing hidden is, nothing of a run, no Parquet beside captions."""
-    folder = pictures(tmp_path / "a [b]", "0.jpg 1.JFIF 2.jpe deep/3.png .hidden/4.jpg 6.avif old/samples/7.jpg")
+    folder = captioned(tmp_path / "a [b]", "0.jpg 1.JFIF 2.jpe deep/3.png .hidden/4.jpg 6.avif old/samples/7.jpg")
     for name in ("._0.jpg", "uncaptioned.jpg", "0.json", "old/config.json"):  # 0.json: as img2dataset writes it
         (folder / name).write_bytes(jpeg(9))
     (folder / "2.txt").rename(folder / "2.TXT"), (folder / "old/checkpoint-0").mkdir()
@@ -356,20 +356,20 @@ def test_picture_folders(tmp_path, capsys):
     (folder / "metadata.jsonl").unlink(), put(folder / "deep/train.jpg", jpeg(0))
     put(folder / "deep/metadata.jsonl", json.dumps([{"file_name": "train.jpg", "text": "a list"}]))
     assert captions_of(folder) == {"a list"}
-    pairs = put(tmp_path / "pairs [1]" / "x::y.parquet", pickapic_rows(4)).parent
-    put(pairs / "uncaptioned.jpg", jpeg(9))
-    assert captions_of(pairs) == {f"picture {i}" for i in range(4)}
+    parquet = put(tmp_path / "pairs [1]" / "x::y.parquet", pickapic_rows(4)).parent
+    put(parquet / "uncaptioned.jpg", jpeg(9))
+    assert captions_of(parquet) == {f"picture {i}" for i in range(4)}
 
 
 def test_no_part_of_a_folder_is_lost(tmp_path, capsys):
     """Linked folders are read once. A split is meant only where other splits are named beside it."""
-    pictures(tmp_path / "store", "0.jpg 1.jpg"), pictures(tmp_path / "data", "2.jpg deep/3.jpg")
+    captioned(tmp_path / "store", "0.jpg 1.jpg"), captioned(tmp_path / "data", "2.jpg deep/3.jpg")
     links = {"a": "store", "b": "store", "deep/loop": "data"}
     [(tmp_path / "data" / link).symlink_to(tmp_path / folder) for link, folder in links.items()]
     assert seppo.open_data(options(tmp_path / "data")).total == 4 == len(captions_of(tmp_path / "data"))
     for name in ("train", "bus"):
         put(tmp_path / "a" / f"{name}.parquet", pickapic_rows(4, 10 * len(name)))
-        folder = pictures(tmp_path / "b", f"{name}/{name}.jpg") / name
+        folder = captioned(tmp_path / "b", f"{name}/{name}.jpg") / name
         put(folder / "metadata.jsonl", json.dumps({"file_name": f"{name}.jpg", "text": f"a {name}"}))
     assert seppo.open_data(options(tmp_path / "a")).total == 8 and captions_of(tmp_path / "b") == {"a train", "a bus"}
     put(tmp_path / "a/test/0.parquet", pickapic_rows(4))
@@ -380,7 +380,7 @@ def test_no_part_of_a_folder_is_lost(tmp_path, capsys):
 def test_captions_are_read_or_counted_never_garbage(tmp_path):
     said = dict(a=b"\xef\xbb\xbfcaf\xc3\xa9", b="caf\xe9".encode("utf-16"), c="caf\xe9".encode("cp1252"))
     said |= dict(d="\u5915".encode("sjis"), e="caf".encode("utf-16-le"), f="caf".encode("utf-32"), g=b"\xff\xfea")
-    rows = rows_of(pictures(tmp_path / "p", "a.jpg b.jpg c.jpg d.jpg e.jpg f.jpg g.jpg", **said), 20)
+    rows = rows_of(captioned(tmp_path / "p", "a.jpg b.jpg c.jpg d.jpg e.jpg f.jpg g.jpg", **said), 20)
     assert {row[1] for row in rows[:14]} == {"caf\xe9"} and sum(row[-1] > 0 for row in rows[:14]) == 2 * 5
 
 
@@ -393,12 +393,12 @@ def test_labels_are_preferences(tmp_path):
 
 
 def test_a_folder_is_the_same_however_it_is_spelled(pipeline, tmp_path, monkeypatch, capsys):
-    data = pictures(tmp_path / "mine", "0.jpg 1.jpg")
+    data = captioned(tmp_path / "mine", "0.jpg 1.jpg")
     monkeypatch.setenv("HOME", str(tmp_path))
     spellings = (data, f"{data}/", "mine", "./mine/../mine", "~/mine")
     assert all(run(f"{pipeline}/", spelling, "--steps", 1) == 0 for spelling in spellings)
     assert len({seppo.parse_args(["--model", str(pipeline), "--data", str(name)]).out for name in spellings}) == 1
-    assert run(pipeline, pictures("other", "0.jpg 1.jpg"), "--steps", 1) == 2, "another folder is another"
+    assert run(pipeline, captioned("other", "0.jpg 1.jpg"), "--steps", 1) == 2, "another folder is another"
     for name, code in (("../secret.jpg", 2), ("a/../../secret.jpg", 2), (data / "0.jpg", 0)):
         (data / "metadata.jsonl").write_text(json.dumps({"file_name": str(name), "text": "a"}))
         assert run(pipeline, "mine", "--steps", 1, "--out", f"{code}") == code
@@ -415,9 +415,9 @@ USELESS |= {"a pipe": Path("pipe")}
 
 # each is a picture, if an odd one: no row may be lost; all are of one grey
 GREY = Image.new("L", (64, 48), 200)
-ODD = {"1 pixel": GREY.crop((0, 0, 1, 1)), "wide": GREY.resize((30000, 1)), "opaque": GREY.convert("LA")}
-ODD |= {"16-bit": Image.frombytes("I;16", (64, 64), b"\0\xc8" * 4096)}
-ODD = {kind: encoded(image, "PNG") for kind, image in ODD.items()}
+IMAGES = {"1 pixel": GREY.crop((0, 0, 1, 1)), "wide": GREY.resize((30000, 1)), "opaque": GREY.convert("LA")}
+IMAGES |= {"16-bit": Image.frombytes("I;16", (64, 64), b"\0\xc8" * 4096)}
+ODD = {kind: encoded(image, "PNG") for kind, image in IMAGES.items()}
 ODD |= {"big end first": encoded(Image.frombytes("I;16B", (64, 64), b"\xc8\0" * 4096), "TIFF")}
 ODD |= {"CMYK": encoded(Image.new("CMYK", (64, 64), (55, 55, 55, 0)), "JPEG"), "WebP": encoded(GREY, "WEBP")}
 ODD |= {"animated": encoded(GREY, "GIF", save_all=True, append_images=[Image.new("L", (64, 48), 0)] * 3)}
@@ -637,12 +637,13 @@ def test_what_saves_memory_or_time_does_not_change_an_update(pipeline, pairs, mo
     cases = {"a": (4, 4), "b": (1, 4), "c": (2, 3), "d": (4, 4, "--gradient-checkpointing"), "e": (4, 4, "--compile")}
     again, compiled, ends = Mock(wraps=torch.utils.checkpoint.checkpoint), Mock(), []
 
-    def compile(net):
+    def compiled_net(net):
         compiled.side_effect, fast = net, copy.copy(net)  # its weights are the net's
         fast.forward = compiled
         return fast
 
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", again), monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", again)
+    monkeypatch.setattr(torch, "compile", compiled_net)
     for name, (micro, generate, *more) in cases.items():
         again.reset_mock()
         argv = ["--micro-batch", micro, "--generate-batch", generate, "--out", name, *more]
@@ -658,9 +659,9 @@ def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypat
     monkeypatch.setattr(seppo, "sample", sample := Mock(wraps=seppo.sample))
     argv = "--method sspo --batch-size 16 --generate-batch 5 --steps 4 --save-every 4 --caption-dropout 1 --lr 0.1"
     assert run(pipeline, data, *argv.split()) == 0
-    lines, pairs = metrics(), round(16 * sum(line["sign_pos"] for line in metrics()))
+    lines, n = metrics(), round(16 * sum(line["sign_pos"] for line in metrics()))
     sizes, contexts = [len(call.args[2]) for call in sample.mock_calls], [call.args[-1] for call in error.mock_calls]
-    assert pairs < 48 and sum(sizes) == pairs + 2 * 4 and max(sizes) == 5, "and the sample pictures, twice"
+    assert n < 48 and sum(sizes) == n + 2 * 4 and max(sizes) == 5, "and the sample pictures, twice"
     assert lines[0]["sign_zero"] == 1 and all(line["sign_neg"] == 0 for line in lines), "at first they are equal"
     assert all(torch.equal(row, contexts[0][0]) for context in contexts for row in context), "captions are dropped"
 
@@ -693,10 +694,10 @@ def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeyp
     loss, calls, bad = seppo.batch_loss, Counter(), (2, 4, 6)
     monkeypatch.setattr(seppo, "sample", sample := Mock(wraps=seppo.sample))
 
-    def infinite(*args, **options):
+    def infinite(*args, **named):
         update = 1 + len(metrics()) if Path("run/metrics.jsonl").exists() else 1
         calls[update] += 1
-        summed, found = loss(*args, **options)
+        summed, found = loss(*args, **named)
         return summed * (math.inf if update in bad and calls[update] == chunk else 1), found
 
     monkeypatch.setattr(seppo, "batch_loss", infinite)
@@ -835,8 +836,8 @@ def test_micro_batch_from_the_memory():
     for name, (value, n) in more.items():
         assert seppo.choose_micro_batch(argparse.Namespace(**vars(o) | {name: value}), 53) == n, name
     assert seppo.choose_micro_batch(o, -19) == 1, "there is no GPU"
-    clips = argparse.Namespace(**vars(o) | dict(frames=16, gradient_checkpointing=True))
-    assert seppo.choose_micro_batch(clips, 141) == 4, "an attention kernel takes 65,535 sequences"
+    of_clips = argparse.Namespace(**vars(o) | dict(frames=16, gradient_checkpointing=True))
+    assert seppo.choose_micro_batch(of_clips, 141) == 4, "an attention kernel takes 65,535 sequences"
 
 
 @pytest.fixture(scope="session")
@@ -887,7 +888,7 @@ def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", again := Mock(wraps=torch.utils.checkpoint.checkpoint))
     argv = ["--motion-adapter", adapter, "--frames", 4, "--train", train, "--caption-dropout", 0, "--guidance", 3]
     argv += ["--steps", 2, "--save-every", 2, "--generate-batch", 2]
-    other("other", load(pipeline / "unet"))
+    disturbed("other", load(pipeline / "unet"))
     assert run(pipeline, clips, *argv, "--unet", "other", "--steps", 1, "--out", "next") == 0
     found = says_how_to_load(capsys.readouterr().out).unet.state_dict()
     wanted = {name: p for name, p in weights("other").items() if name in found}
@@ -941,7 +942,7 @@ def test_lora(pipeline, pairs, capsys, evaluate, method):
     loaded, fused, base = (net.eval()(x, t, words).sample for net in (pipe.unet, fused, base))
     assert close(loaded, fused, 1e-4 * loaded.abs().max()) and not close(loaded, base, 0.01)
     assert evaluate("--unet", "run", f"file=run/checkpoint-2/{ADAPTERS}") == 0
-    assert len({*drawn()[1].values()}) == 21, "three models, each its own pictures"
+    assert len({*evaluated()[1].values()}) == 21, "three models, each its own pictures"
 
 
 def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline, evaluate, monkeypatch, capsys):
@@ -1078,7 +1079,7 @@ def refused(pipeline, adapter, clips, tmp_path_factory):  # a folder with what R
     [(home / name).symlink_to(where) for name, where in (("model", pipeline), ("adapter", adapter), ("clips", clips))]
     [save_file({"x": torch.zeros(1)}, home / name) for name in ("file", f"lora/{ADAPTERS}")]
     for name in ("bare", "old/unet", "nan"):
-        other(home / name, load(pipeline / "unet"), math.nan if name == "nan" else 1)
+        disturbed(home / name, load(pipeline / "unet"), math.nan if name == "nan" else 1)
     for name, change in (("headless", {"mid_block_type": None}), ("wide", {"cross_attention_dim": 32})):
         UNet2DConditionModel.from_config(load(pipeline / "unet").config | change).save_pretrained(home / name)
     levels = shutil.copytree(pipeline, home / "v") / "scheduler/scheduler_config.json"
@@ -1111,7 +1112,7 @@ for line in ({"file_name": "0.jpg", "caption": "a"}, "0.jpg", None, {"file_name"
 
 @pytest.mark.parametrize("table", TABLES)
 def test_broken_metadata_is_quoted(pipeline, table, capsys):
-    pictures("a", "train/0.jpg").joinpath("train/metadata.jsonl").write_text(table)
+    captioned("a", "train/0.jpg").joinpath("train/metadata.jsonl").write_text(table)
     assert run(pipeline, "a") == 2 and TABLES[table] in capsys.readouterr().err.splitlines()[0]
 
 
@@ -1206,53 +1207,53 @@ EXPECTED |= {"pickscore": [-0.1993654, -0.0711491, -0.3062271], "clip": [0.13298
 EXPECTED |= {"aesthetic": [-1.1151464, -0.5988638, -0.8857701]}
 
 
-def noise(name, *shape):  # weights that depend on their name alone
+def seeded(name, *shape):  # weights that depend on their name alone
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seppo.key(name)))
     return x * (0.3 if len(shape) < 2 else 1.2 / math.sqrt(math.prod(shape[1:])))
 
 
-def layers(prefix, **shapes):
+def linears(prefix, **shapes):
     """{name (__ for a dot): (out, into) of a linear layer, or (width,) of a norm} -> their weights and biases."""
     shapes = {prefix + name.replace("__", "."): shape for name, shape in shapes.items()}
-    state = {f"{name}.weight": noise(name, *shape) + (len(shape) == 1) for name, shape in shapes.items()}
-    return state | {f"{name}.bias": noise(name + "b", shape[0]) for name, shape in shapes.items()}
+    state = {f"{name}.weight": seeded(name, *shape) + (len(shape) == 1) for name, shape in shapes.items()}
+    return state | {f"{name}.bias": seeded(name + "b", shape[0]) for name, shape in shapes.items()}
 
 
 def openai_clip(dim):  # a CLIP's state dict under OpenAI's names, which open_clip and HPSv2 share
-    s = {"visual.class_embedding": noise("class", VISION), "positional_embedding": noise("pos", 77, TEXT)}
-    s |= {"visual.positional_embedding": noise("vpos", (224 // PATCH) ** 2 + 1, VISION)}
-    s |= {"visual.conv1.weight": noise("conv", VISION, 3, PATCH, PATCH), "visual.proj": noise("vproj", VISION, dim)}
-    s |= {"token_embedding.weight": 8 * noise("tokens", 78, TEXT), "text_projection": noise("tproj", TEXT, dim)}
-    s |= layers("", visual__ln_pre=(VISION,), visual__ln_post=(VISION,), ln_final=(TEXT,))
+    s = {"visual.class_embedding": seeded("class", VISION), "positional_embedding": seeded("pos", 77, TEXT)}
+    s |= {"visual.positional_embedding": seeded("vpos", (224 // PATCH) ** 2 + 1, VISION)}
+    s |= {"visual.conv1.weight": seeded("conv", VISION, 3, PATCH, PATCH), "visual.proj": seeded("vproj", VISION, dim)}
+    s |= {"token_embedding.weight": 8 * seeded("tokens", 78, TEXT), "text_projection": seeded("tproj", TEXT, dim)}
+    s |= linears("", visual__ln_pre=(VISION,), visual__ln_post=(VISION,), ln_final=(TEXT,))
     for tower, w in (("visual.", VISION), ("", TEXT)):
         for i in range(DEPTH):
             p = f"{tower}transformer.resblocks.{i}."
-            s |= {p + "attn.in_proj_weight": noise(p, 3 * w, w), p + "attn.in_proj_bias": noise(p + "b", 3 * w)}
-            s |= layers(p, ln_1=(w,), ln_2=(w,), attn__out_proj=(w, w), mlp__c_fc=(4 * w, w), mlp__c_proj=(w, 4 * w))
+            s |= {p + "attn.in_proj_weight": seeded(p, 3 * w, w), p + "attn.in_proj_bias": seeded(p + "b", 3 * w)}
+            s |= linears(p, ln_1=(w,), ln_2=(w,), attn__out_proj=(w, w), mlp__c_fc=(4 * w, w), mlp__c_proj=(w, 4 * w))
     return s | {"logit_scale": torch.tensor(4.6)}
 
 
 def imagereward_state(depth=DEPTH):  # ImageReward.pt: BLIP's two encoders, then linear layers
     v, t, seen, w = "blip.visual_encoder.", "blip.text_encoder.", TEXT, BERT_TEXT
-    s = {v + "cls_token": noise("cls", 1, 1, seen), v + "pos_embed": noise("vpos", 1, (224 // PATCH) ** 2 + 1, seen)}
-    s |= {v + "patch_embed.proj.weight": noise("patch", seen, 3, PATCH, PATCH)}
-    s |= {v + "patch_embed.proj.bias": noise("patchb", seen), t + "embeddings.position_ids": torch.arange(64)[None]}
-    s |= {t + "embeddings.word_embeddings.weight": noise("words", 99, w) * 8}
-    s |= {t + "embeddings.position_embeddings.weight": noise("pos", 64, w)}
-    s |= layers(v, norm=(seen,)) | layers(t, embeddings__LayerNorm=(w,))
+    s = {v + "cls_token": seeded("cls", 1, 1, seen), v + "pos_embed": seeded("vpos", 1, (224 // PATCH) ** 2 + 1, seen)}
+    s |= {v + "patch_embed.proj.weight": seeded("patch", seen, 3, PATCH, PATCH)}
+    s |= {v + "patch_embed.proj.bias": seeded("patchb", seen), t + "embeddings.position_ids": torch.arange(64)[None]}
+    s |= {t + "embeddings.word_embeddings.weight": seeded("words", 99, w) * 8}
+    s |= {t + "embeddings.position_embeddings.weight": seeded("pos", 64, w)}
+    s |= linears(v, norm=(seen,)) | linears(t, embeddings__LayerNorm=(w,))
     for i in range(depth):
         p, q = f"{v}blocks.{i}.", f"{t}encoder.layer.{i}."
-        s |= layers(p, norm1=(seen,), norm2=(seen,), attn__qkv=(3 * seen, seen), attn__proj=(seen, seen))
-        s |= layers(p, mlp__fc1=(4 * seen, seen), mlp__fc2=(seen, 4 * seen))
+        s |= linears(p, norm1=(seen,), norm2=(seen,), attn__qkv=(3 * seen, seen), attn__proj=(seen, seen))
+        s |= linears(p, mlp__fc1=(4 * seen, seen), mlp__fc2=(seen, 4 * seen))
         for attention, into in (("attention.", w), ("crossattention.", seen)):
-            s |= layers(q + attention, self__query=(w, w), self__key=(w, into), self__value=(w, into))
-            s |= layers(q + attention, output__LayerNorm=(w,), output__dense=(w, w))
-        s |= layers(q, output__LayerNorm=(w,), intermediate__dense=(2 * w, w), output__dense=(w, 2 * w))
+            s |= linears(q + attention, self__query=(w, w), self__key=(w, into), self__value=(w, into))
+            s |= linears(q + attention, output__LayerNorm=(w,), output__dense=(w, w))
+        s |= linears(q, output__LayerNorm=(w,), intermediate__dense=(2 * w, w), output__dense=(w, 2 * w))
     return s | {f"mlp.{name}": tensor for name, tensor in head_state(w).items()}
 
 
 HEAD = {"2": (128, 1024), "4": (64, 128), "6": (16, 64), "7": (1, 16)}
-head_state = lambda width: layers("layers.", **{"0": (1024, width)} | HEAD)
+head_state = lambda width: linears("layers.", **{"0": (1024, width)} | HEAD)
 
 
 @pytest.fixture(scope="session")
@@ -1302,26 +1303,26 @@ def evaluate(pipeline, scorer_weights):
     return lambda *argv: evaluation.main([str(word) for word in (*tiny, *argv)])
 
 
-def other(folder, net, size=0.05):  # another net: these weights and noise
+def disturbed(folder, net, size=0.05):  # another net: these weights and noise
     torch.manual_seed(0)
     for p in net.parameters():
         p.data += size * torch.randn_like(p)
     net.save_pretrained(folder)
 
 
-def drawn(folder="out"):  # the lines of scores.jsonl, and the pictures' bytes by their names there
+def evaluated(folder="out"):  # the lines of scores.jsonl, and the pictures' bytes by their names there
     rows = [json.loads(line) for line in Path(folder, "scores.jsonl").read_text().splitlines()]
     return rows, {row["file"]: Path(folder, row["file"]).read_bytes() for row in rows}
 
 
 def test_evaluation_end_to_end(pipeline, scorer_weights, evaluate, capsys):
     for folder, size in (("run/checkpoint-2/unet", 0.05), ("run/checkpoint-10/unet", 0.1), ("bare", 0.2)):
-        other(folder, load(pipeline / "unet"), size)
+        disturbed(folder, load(pipeline / "unet"), size)
     Path("run/config.json").write_text('{"options": {"model": "sd"}, "sampler": {"prediction_type": "epsilon"}}')
     assert evaluate("--unet", "ours=run", "run/checkpoint-2", "bare") == 0
     said, bars = capsys.readouterr()
     assert said.count("was trained from sd, but --model is ") == 2 and "bare: pictures: 100%" in bars and "3/3" in bars
-    (rows, pictures), models = drawn(), ["base", "ours", "run-checkpoint-2", "bare"]
+    (rows, pictures), models = evaluated(), ["base", "ours", "run-checkpoint-2", "bare"]
     assert [(row["model"], row["index"]) for row in rows] == [(model, i) for model in models for i in range(7)]
     scores = {model: torch.tensor([row["clip"] for row in rows if row["model"] == model]) for model in models}
     assert Path("out/table.md").read_text() in said + "\n"
@@ -1347,11 +1348,11 @@ def test_missing_scorers_are_found_first_and_equal_models_tie(pipeline, evaluate
     for name in ("clip", "imagereward"):  # never a score from an empty vocabulary or random weights
         assert evaluate("--scorer-weights", "torn", "--scorers", name) == 2 and not [*Path("out/pictures").iterdir()]
     assert evaluate("--scorers", "none", "--resolution", 128, "--out", "bare") == 0 and Path("bare/grid.png").exists()
-    assert "was made at 64 pixels, --resolution is 128" in capsys.readouterr().out and len(drawn("bare")[1]) == 7
+    assert "was made at 64 pixels, --resolution is 128" in capsys.readouterr().out and len(evaluated("bare")[1]) == 7
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, local_files_only: {True: ""}[local_files_only])
     pytest.raises(seppo.UserError, evaluation.find_files, "clip")  # without a network it looks in the cache only
     assert evaluate(*some, "clip,pickscore", "--unet", f"same={pipeline}/unet", "--seed", -7) == 0
-    said, (rows, pictures) = capsys.readouterr().out, drawn()
+    said, (rows, pictures) = capsys.readouterr().out, evaluated()
     assert "PickScore is missing: some lacks" in said and "| 50.0 % [" in said and "missing |" in said
     assert "dpm++ (algorithm_type dpmsolver++, beta_end 0.012" in said and "timestep_spacing trailing" in said
     assert all(pictures[row["file"]] == pictures[rows[row["index"]]["file"]] for row in rows)
@@ -1370,7 +1371,7 @@ def test_pictures_are_what_diffusers_draws_and_a_protocol_has_its_resize(pipelin
     for protocol in ("paper", "paired"):
         argv = ["--protocol", protocol, "--max-prompts", 3, "--resolution", 320, "--scorers", "hpsv2"]
         assert evaluate(*argv, "--sampler-steps", 4) == 0
-        rows = drawn()[0]
+        rows = evaluated()[0]
         made, prompts = [Image.open(Path("out", row["file"])) for row in rows], [row["prompt"] for row in rows]
         for prompt, picture in zip(prompts, made) if protocol == "paper" else ():
             difference = 255 * (evaluation.to_tensor(paper(prompt).images[0]) - evaluation.to_tensor(picture))
@@ -1382,12 +1383,12 @@ def test_pictures_are_what_diffusers_draws_and_a_protocol_has_its_resize(pipelin
 
 def test_clips_are_what_animatediff_draws(pipeline, adapter, evaluate, scorer_weights):
     """A filmstrip of its frames; the score is their mean; another adapter is another model."""
-    other("other", diffusers.MotionAdapter.from_pretrained(adapter), 0.5)
+    disturbed("other", diffusers.MotionAdapter.from_pretrained(adapter), 0.5)
     argv = ["--motion-adapter", adapter, "--frames", 3, "--max-prompts", 2, "--unet", "x=other", "--guidance", 3]
     assert evaluate(*argv, "--batch-size", 2) == 0
     scorer = evaluation.load_scorer("clip", scorer_weights)
     noises = evaluation.start_noise(["picture 0", "picture 1"], (4, 3, 8, 8))
-    rows = drawn()[0]
+    rows = evaluated()[0]
     middle = Image.open(Path("out", rows[0]["file"])).crop((64, 0, 128, 64)).resize((188, 188), 0)
     assert Image.open("out/grid.png").crop((194, 30, 382, 218)).tobytes() == middle.tobytes()
     for row in rows:
@@ -1404,14 +1405,14 @@ def test_clips_are_what_animatediff_draws(pipeline, adapter, evaluate, scorer_we
 
 def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
     """Killed and begun again it makes the same files; and whatever changes a picture changes its name."""
-    other("other", load(pipeline / "unet"))
+    disturbed("other", load(pipeline / "unet"))
     assert evaluate("--unet", "x=other", "--out", "straight") == 0
     draw, ctrl_c = seppo.sample, Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(seppo, "sample", sample := Mock())
     sample.side_effect = lambda *args: draw(*args) if sample.call_count != 2 else ctrl_c()
     assert evaluate("--unet", "x=other") == 130
     next(Path("out/pictures/base").glob("00001-*.png")).unlink()  # its batch of three is made again, and no other
-    assert evaluate("--unet", "x=other") == 0 and sample.call_count == 2 + 6 and drawn() == drawn("straight")
+    assert evaluate("--unet", "x=other") == 0 and sample.call_count == 2 + 6 and evaluated() == evaluated("straight")
 
     def makes(*argv):  # how many pictures are made for one prompt
         sample.reset_mock()
@@ -1421,7 +1422,7 @@ def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
     assert makes() == 0, "a subset needs no new picture"
     for setting in ("--seed 1", "--guidance 3", "--solver ddim", "--sampler-steps 3", "--protocol paper"):
         assert makes(*setting.split()) == 1, setting
-    other("other", load(pipeline / "unet"), 0.2)
+    disturbed("other", load(pipeline / "unet"), 0.2)
     assert makes("--unet", "x=other") == 1, "other weights under the same name"
     more = lambda state: {name: 1.1 * p if p.is_floating_point() else p for name, p in state.items()}
     for part in ("vae", "text_encoder"):
@@ -1517,8 +1518,8 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
     """A lucky cell is not chosen. Gains, the price of higher rates, differences and intervals are the planted ones."""
     made, rest = study.Study(tmp_path / "study.jsonl", {}), ("gained", "shape", "distance", "clipped", "sign_pos")
     for _, runs, *_ in made.stages():  # the later stages read the earlier ones
-        scores = {run: dict(zip(study.KEY, run), base=run[0], score=planted(*run)) for run in runs}
-        made.update({run: line | dict.fromkeys(rest, 0.5) for run, line in scores.items()})
+        scores = {cell: dict(zip(study.KEY, cell), base=cell[0], score=planted(*cell)) for cell in runs}
+        made.update({cell: line | dict.fromkeys(rest, 0.5) for cell, line in scores.items()})
 
     def report(*lines):
         made.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -1545,7 +1546,7 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
 
 def test_the_readmes_study_is_that_of_its_lines():
     runs, text = study.Study(HERE / "assets/study.jsonl", {}), (HERE / "README.md").read_text()
-    if any(run not in runs for _, of_stage, *_ in runs.stages() for run in of_stage):
+    if any(cell not in runs for _, of_stage, *_ in runs.stages() for cell in of_stage):
         pytest.skip("study.jsonl is not complete")
     assert (HERE / "assets/study.md").read_text() == runs.report()
     figures = re.findall(r"[-+]?\d+\.\d{3}|\d+%", re.search(r"## The study\n(.*?)\n## ", text, re.S)[1])
@@ -1646,7 +1647,7 @@ def test_slow_two_processes_are_one(tmp_path, how):
         done = process(*argv, "--out", f"run{n}", torchrun=n)
         assert done.stdout.count("Done.") == 1 and done.stderr.count("96/96") <= 2, f"only one speaks: {done.stderr}"
     file = ADAPTERS if "lora" in how else "unet/diffusion_pytorch_model.safetensors"
-    base, one, two = (load_file(f"run{run}/checkpoint-{n}/{file}") for run, n in ((1, 0), (1, 6), (2, 6)))
+    base, one, two = (load_file(f"run{who}/checkpoint-{n}/{file}") for who, n in ((1, 0), (1, 6), (2, 6)))
     assert distance(one, two) < 0.01 * distance(base, one)
     for a, b in zip(without_clocks(metrics("run1")), without_clocks(metrics("run2")), strict=True):
         assert all(b[k] == (pytest.approx(v, rel=1e-3, abs=1e-5) if isinstance(v, float) else v) for k, v in a.items())
