@@ -4,7 +4,7 @@ SePPO aligns a diffusion model using only images people like: it needs no losing
 checkpoint of the run, the reference, generates the sample that takes the place of DPO's loser. An anchor criterion
 decides for each sample whether to push away from it or to learn from it too.
 
-    python seppo.py                                                            # a toy task: minutes on two CPU cores
+    python seppo.py                                                            # a toy task: a minute on one CPU core
     python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
     python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your own images
     python seppo.py --model DIR_OR_ID --motion-adapter DIR_OR_ID --data CLIPS  # text-to-video
@@ -64,7 +64,7 @@ from tqdm import tqdm
 #
 # +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the
 # reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, because the
-# policy and its reference have equal weights; only the winner counts. "Inferred": the paper does not specify it.
+# policy and its reference have equal weights; only the winner counts. "Inferred" means: the paper does not say it.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
