@@ -782,7 +782,7 @@ def load_unet(name, *kinds, fuse=None):
             break
     else:
         if not fuse or Path(name).exists():
-            raise OSError(f"no configuration of a UNet and no {LORA_FILE}")
+            raise OSError(f"no configuration of a UNet and no {LORA_FILE} there, or the hub cannot be reached")
         return fuse(huggingface_hub.hf_hub_download(name, LORA_FILE))
     need(found in kinds, f"{name} holds a {found}, not a {' or '.join(kinds)}")
     print(f"{found}: {Path(where, part) if Path(where, part).exists() else where}")
