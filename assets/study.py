@@ -281,10 +281,9 @@ class Study(dict):
         stage has depends on the earlier ones; how many, does not."""
         by_seed = functools.partial(sorted, key=lambda run: run[-1])
         yield "base models and preferred pictures", flat(self.fresh, ["base", "preferred"])
-        yield "grid of the main methods", by_seed(flat(self.tried, [*METHODS][:4]))
-        yield "tuned sft", flat(self.fresh, ["sft"])
-        yield "grid of the other methods", by_seed(flat(self.tried, [*METHODS][4:]))
-        yield "tuned methods on fresh seeds", flat(self.fresh, METHODS), True
+        for what, methods in (("main", [*METHODS][:4]), ("other", [*METHODS][4:])):
+            yield f"grid of the {what} methods", by_seed(flat(self.tried, methods))
+            yield f"tuned {what} methods on fresh seeds", flat(self.fresh, methods), True
         for world, *at in CELLS:
             yield f"what the sign knows, {world} {at}", seeded([(world, f, *at) for f in (*OWN, *FORMS)], FORM_SEEDS)
         yield "best forms of the sign on fresh seeds", flat(self.fresh, self.best_forms())
