@@ -862,7 +862,8 @@ def draw_mini(captions, flaws):
     colours, shapes = zip(*(caption.split()[1:] for caption in captions))
     colour = torch.tensor([COLOURS[name] for name in colours])[:, :, None, None]  # (B, 3, 1, 1)
     dx, dy, contrast, blur, small = flaws[:, :, None, None].unbind(1)  # (B, 1, 1) each
-    edge = torch.stack([SHAPES[name](x - a, y - b) for name, a, b in zip(shapes, dx, dy)]) / (1 - 0.4 * small)
+    edges = torch.stack([shape(x - dx, y - dy) for shape in SHAPES.values()], 1)  # (B, 4, 16, 16)
+    edge = edges[range(len(flaws)), [[*SHAPES].index(name) for name in shapes]] / (1 - 0.4 * small)
     ink = torch.sigmoid((1 - edge) * (12 - 10 * blur))[:, None]
     return (ink * colour - (1 - ink) * 0.9) * (0.6 + 0.36 * contrast[:, None])  # 0.6 leaves room for too strong
 
