@@ -133,12 +133,12 @@ def pad_pixels(image, antialias=True, side=224):
 
 QUOTES = dict.fromkeys((0x2018, 0x2019, 0x201A, 0x201B, 0x02BC), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width characters
-MENDS = QUOTES | WIDE | {0xFEFF: None}  # the last: a byte order mark
+FIXES = QUOTES | WIDE | {0xFEFF: None}  # the last: a byte order mark
 
 
 def clean(prompt):
-    """What OpenAI's and open_clip's tokenizers do before they split: ftfy's most common fixes, HTML, white space."""
-    text = html.unescape(html.unescape(prompt)).translate(MENDS)
+    """The clean-up in OpenAI's and open_clip's tokenizers: ftfy's most common fixes, HTML, white space."""
+    text = html.unescape(html.unescape(prompt)).translate(FIXES)
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -199,8 +199,8 @@ class ImageReward(Scorer):
         self.head = linear_chain(part(state, "mlp.layers."))
 
     def score_tensors(self, pixels, input_ids, attention_mask):
-        seen = self.vision(pixels).last_hidden_state  # (N, patches + 1, width)
-        settings = dict(attention_mask=attention_mask, encoder_hidden_states=seen, is_decoder=False)
+        image_tokens = self.vision(pixels).last_hidden_state  # (N, patches + 1, width)
+        settings = dict(attention_mask=attention_mask, encoder_hidden_states=image_tokens, is_decoder=False)
         first = self.text(input_ids, **settings).last_hidden_state[:, 0]
         return (self.head(first).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072  # standardised by its authors
 
@@ -214,14 +214,14 @@ class MiniScorer:
         return seppo.mini_score(torch.stack([to_tensor(image) for image in images]) * 2 - 1, prompts)
 
 
-def part(state, prefix):  # the weights whose names begin with a prefix, without it
+def part(state, prefix):  # the weights whose names begin with the prefix, which is removed
     found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     need(found, f"there are no weights {prefix}*")
     return found
 
 
 def linear_chain(state):
-    """Linear layers in a row, numbered with gaps where dropout was. The originals have nothing between them."""
+    """Linear layers in a row, numbered with gaps where dropout was. The originals have no activations in between."""
     matrices = {key.split(".")[0]: w for key, w in sorted(state.items()) if w.ndim == 2}
     layers = {name: torch.nn.Linear(*reversed(w.shape)) for name, w in matrices.items()}
     chain = torch.nn.Sequential(OrderedDict(layers))
@@ -275,7 +275,7 @@ def is_online():  # asked first, as hf_hub_download tries for 20 seconds per fil
 
 
 def find_files(name, folder=None):
-    """The paths of FILES[name]: FOLDER/OWNER/NAME/FILE, FOLDER/NAME/FILE or FOLDER/FILE; without a folder in the hub's
+    """The paths of FILES[name]: FOLDER/OWNER/NAME/FILE, FOLDER/NAME/FILE or FOLDER/FILE; if folder is None, the hub's
     cache (the aesthetic predictor's head comes from GitHub). Raises UserError for a missing file. Loads nothing."""
     found = []
     for repository, *files in FILES.get(name, ()):
@@ -341,7 +341,7 @@ PARTI, HPD = "nateraw/parti-prompts", "zhwang/HPDv2"
 
 
 def read_prompts(name):
-    """--prompts: a key of NAMED, or a file: JSON (a list, as the authors' of {"prompt": ...}), JSONL, or lines of text
+    """--prompts: a key of NAMED, or a file: JSON (a list of strings or {"prompt": ...}), JSONL, or lines of text
     -> the prompts in order, without blank ones. Raises UserError."""
     with explained(f"--prompts {name} cannot be read", f"it takes {', '.join(NAMED)}, or a .txt, .json or .jsonl"):
         rows = named_prompts(name) if name in NAMED else file_prompts(Path(name))
@@ -428,7 +428,7 @@ def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; for th
     return found
 
 
-def run_of(where):  # the run that a folder belongs to, its base model, and what that predicts
+def run_of(where):  # the run that a folder belongs to, its base model, and its prediction type
     for run in (Path(where), *Path(where).parents):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             config = json.loads((run / "config.json").read_text())
@@ -436,7 +436,7 @@ def run_of(where):  # the run that a folder belongs to, its base model, and what
     return None, None, None
 
 
-def last_run(model):  # the folder in runs/ where it was trained last
+def last_run(model):  # the newest run of this model in runs/
     runs = [path for path in Path("runs").glob("*/config.json") if f'"model": "{model}"' in path.read_text()]
     need(runs, f"runs/ holds no run of {model}: python seppo.py --model {model} makes one")
     return str(max(runs, key=lambda path: path.stat().st_mtime).parent)
@@ -454,7 +454,7 @@ def fuse_lora(base, file):
     except TypeError as error:  # the file's header has options that this version of peft lacks
         raise ValueError(str(error.__cause__ or error)) from None
     taken = {f"unet.{name.replace('.default_0.', '.')}" for name, _ in unet.named_parameters() if ".lora_" in name}
-    left = f"{file}: this UNet takes {len(taken)} of its {len(names)} weights, see {min(names - taken, default=file)}"
+    left = f"{file}: this UNet takes {len(taken)} of its {len(names)} weights, not {min(names - taken, default=file)}"
     need(len(taken) == len(names), f"{left}: eval.py reads LoRAs of the UNet only, as diffusers or kohya-ss name them")
     unet.fuse_lora()
     unet.unload_lora()
@@ -462,19 +462,19 @@ def fuse_lora(base, file):
 
 
 def load_checked(name, where, base, kind):
-    """Loads a UNet and checks that it has the base's shape and `kind` of prediction. For video it may be motion
+    """Loads a UNet and checks that it has the base's shape and prediction type. A video model may be motion
     modules only. Without `where` it is the base. Raises UserError."""
     if where is None:
         return copy.deepcopy(base)
     spec, advice = f"--unet {name}={where}", "it takes runs, checkpoints, UNets, LoRAs and hub ids"
     with explained(f"{spec} cannot be read", advice, Exception):
-        kinds = [type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel)]
-        unet = seppo.load_unet(where, *kinds, fuse=functools.partial(fuse_lora, base))
+        classes = [type(base).__name__, *["MotionAdapter"] * isinstance(base, UNetMotionModel)]
+        unet = seppo.load_unet(where, *classes, fuse=functools.partial(fuse_lora, base))
     if isinstance(unet, MotionAdapter):
         adapter, unet = unet, copy.deepcopy(base)
         unet.load_motion_modules(adapter)
     ours, theirs = ({key: t.shape for key, t in net.state_dict().items()} for net in (unet, base))
-    need(ours == theirs, f"{spec} has another shape than the UNet of --model")
+    need(ours == theirs, f"{spec} differs in shape from the UNet of --model")
     with contextlib.suppress(OSError, ValueError, KeyError):  # a run or a full pipeline states it
         *_, own = run_of(where)
         own = own or DDPMScheduler.load_config(where, subfolder="scheduler", local_files_only=True)["prediction_type"]
@@ -505,8 +505,8 @@ def generate(o, unets, base, codec, prompts, batches):
     shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)
     noises = start_noise(prompts, shape, o.seed, o.protocol, o.device, o.half)
     nets = [v for v in vars(codec).values() if isinstance(v, torch.nn.Module)]
-    words = codec.tokenizer.backend_tokenizer.to_str() if o.model not in seppo.MINI else ""
-    settings = (words, o.solver, o.sampler_steps, o.guidance, o.dtype, o.device.type)
+    tokenizer = codec.tokenizer.backend_tokenizer.to_str() if o.model not in seppo.MINI else ""
+    settings = (tokenizer, o.solver, o.sampler_steps, o.guidance, o.dtype, o.device.type)
     common = digest(*nets, solver_settings(o, codec), settings)
     base = base.cpu()
     kind = codec.scheduler.config.prediction_type
@@ -547,7 +547,7 @@ def score_pictures(o, files, prompts, batches, missing):
     """-> {model: {scorer: (N,) scores, or None for a missing one}}."""
     scores = {model: dict.fromkeys(o.scorers) for model in files}
     for name in [name for name in o.scorers if name not in missing]:
-        scorer = None  # the last scorer leaves the GPU before the next one is loaded
+        scorer = None  # free the previous scorer before loading the next one
         scorer = load_scorer(name, o.scorer_weights, o.device, antialias=o.protocol != "paper")
         for model, paths in files.items():
             parts = []
@@ -561,7 +561,7 @@ def score_pictures(o, files, prompts, batches, missing):
     return scores
 
 
-def read_frames(path):  # a filmstrip -> its frames; a picture -> itself, alone
+def read_frames(path):  # a filmstrip -> its frames; a picture -> itself, in a list
     with explained(f"{path} cannot be read", "delete it and rerun"), Image.open(path) as strip:
         side = strip.height
         return [strip.crop((x, 0, x + side, side)).convert("RGB") for x in range(0, strip.width, side)]
@@ -582,15 +582,15 @@ def report(o, files, prompts, scores, missing, settings):  # table.md, also on t
         f"{o.guidance:g}, {o.dtype}, {o.device}, seed {o.seed}, protocol {o.protocol}, no safety checker; HPSv2 "
         f"resizes with{'out' * (o.protocol == 'paper')} antialiasing; {versions}.",
     ]
-    own = "The paper's figures use its own protocol (--protocol paper): PNDM, another resize in HPSv2."
+    own = "The paper's figures use its own protocol (--protocol paper): PNDM, a different resize in HPSv2."
     text += [own] * (paper and o.protocol != "paper")
     text = "\n\n".join(text + [f"{SCORERS[name][0]} is missing: {why}." for name, why in missing.items()])
     rows = []
     for model, paths in files.items():
-        there = {name: values.tolist() for name, values in scores[model].items() if values is not None}
+        found = {name: values.tolist() for name, values in scores[model].items() if values is not None}
         for i, path in enumerate(paths):
             row = {"model": model, "index": i, "prompt": prompts[i], "file": str(path.relative_to(o.out))}
-            rows.append(json.dumps(row | {name: values[i] for name, values in there.items()}) + "\n")
+            rows.append(json.dumps(row | {name: values[i] for name, values in found.items()}) + "\n")
     print(f"\n{text}\n\nIn {o.out}: table.md, scores.jsonl, grid.png, pictures/")
     for name, content in (("table.md", text + "\n"), ("scores.jsonl", "".join(rows))):
         with whole(o.out / name) as file:
@@ -659,17 +659,17 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-    need(-(2**63) <= o.seed < 2**63, "--seed must have 64 bits at most")
+    need(-(2**63) <= o.seed < 2**63, "--seed must fit in 64 bits, got {o.seed}")
     mini = o.model in seppo.MINI
-    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (toy task: 16)")
+    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution must be a multiple of 64 (mini: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames), "clips need --motion-adapter, and --frames 2 or more")
     unknown = {*o.scorers} - {*SCORERS}
     need(not unknown, f"--scorers {', '.join(sorted(unknown))}: choose from {', '.join(SCORERS)}")
     need(mini or "mini" not in o.scorers, "--scorers mini is for --model mini")
-    need(not o.scorer_weights or Path(o.scorer_weights).is_dir(), f"--scorer-weights {o.scorer_weights}: no folder")
+    need(not o.scorer_weights or Path(o.scorer_weights).is_dir(), f"--scorer-weights {o.scorer_weights}: not a folder")
     apart = len(o.scorers) == 1 or not Path(o.scorer_weights or "", "config.json").exists()
-    need(apart or not o.scorer_weights, "--scorer-weights: several scorers need a folder for each repository")
+    need(apart or not o.scorer_weights, "with several scorers, --scorer-weights needs a folder for each repository")
     return o
 
 
@@ -689,8 +689,8 @@ def run(argv=None):
             load_scorer(name, o.scorer_weights)
         except UserError as error:
             missing[name] = f"{error}"
-    said = "no scorer can be loaded (--scorers none makes the pictures only): " + "; ".join(missing.values())
-    need(len(missing) < len(o.scorers) or not o.scorers, said)
+    message = "no scorer can be loaded (--scorers none makes the pictures only): " + "; ".join(missing.values())
+    need(len(missing) < len(o.scorers) or not o.scorers, message)
     settings = solver_settings(o, codec)
     batches = [slice(i, i + o.batch_size) for i in range(0, len(prompts), o.batch_size)]
     files = generate(o, unets | {"base": None}, base, codec, prompts, batches)

@@ -1,4 +1,4 @@
-"""python -m pytest: offline, on a CPU, in under two minutes. SLOW=1 adds kills and many processes."""
+"""python -m pytest: offline, on a CPU, in under two minutes. SLOW=1 adds tests with kills and several processes."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}  # read at import: no hub, no windows
+os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}  # read at import: no hub, no window
 
 import av
 import diffusers
@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "assets"))
 import study  # noqa: E402
 
-slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="minutes: SLOW=1 runs it")
+slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="takes minutes: SLOW=1 runs it")
 torch.set_num_threads(1)  # the nets are tiny: more threads wait for each other
 LEVELS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 ADAPTERS = "pytorch_lora_weights.safetensors"
@@ -155,7 +155,7 @@ plain = lambda picture: VaeImageProcessor().preprocess(Image.open(io.BytesIO(pic
 close = lambda a, b, within=1e-5: (a - b).abs().max() < within
 
 
-def interrupted(updates, *argv):  # a run with Ctrl-C within the update after these -> its exit code
+def interrupted(updates, *argv):  # a run stopped by Ctrl-C in the update after `updates` -> its exit code
     step, ctrl_c = seppo.Trainer.step, Mock(side_effect=KeyboardInterrupt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seppo.Trainer, "step", lambda self, u: step(self, u) if u < updates else ctrl_c())
@@ -191,9 +191,9 @@ def test_objective_equals_a_plain_rewrite(flip):
         torch.testing.assert_close(value, wanted[name].detach(), rtol=1e-12, atol=1e-15)
     assert not any(value.requires_grad for value in details.values())
     single, details = seppo.seppo_loss(**named([e.float() for e in errors]), flip=flip, sign=torch.zeros(64))
-    assert single.dtype == torch.float32 and details["sign"].sum() == (64 if flip == "none" else 0), "its own sign"
+    assert single.dtype == torch.float32 and details["sign"].sum() == (64 if flip == "none" else 0), "the given sign"
     pytest.raises(ValueError, seppo.seppo_loss, **named(errors), flip="flop")
-    pytest.raises(TypeError, seppo.seppo_loss, *errors)  # diffusers' order is another
+    pytest.raises(TypeError, seppo.seppo_loss, *errors)  # diffusers orders them differently
 
 
 def test_reference_rule():
@@ -207,7 +207,7 @@ def test_reference_rule():
     pytest.raises(ValueError, seppo.choose_reference, 3, "newest")
 
 
-def test_draws_depend_on_the_position_alone():
+def test_draws_depend_only_on_seed_and_position():
     drawn = seppo.draws(0, range(8), (4, 8, 8), 1000, 0.5)
     assert all(torch.equal(a[3:], b) for a, b in zip(drawn, seppo.draws(0, range(3, 8), (4, 8, 8), 1000, 0.5)))
     assert not torch.equal(drawn[2], seppo.draws(1, range(8), (4, 8, 8), 1000, 0.5)[2]), "the seed must matter"
@@ -216,12 +216,12 @@ def test_draws_depend_on_the_position_alone():
     assert abs(dropped.float().mean() - 0.2) < 0.03 and abs(eps.std() - 1) < 0.05
 
 
-def test_what_a_net_is_asked(pipeline):
-    """Each frame of a clip has its own clip's caption. Without guidance there is one call a step, never a graph."""
+def test_the_calls_of_a_net(pipeline):
+    """Each frame of a clip has its own clip's caption. A step is one call, smaller without guidance, with no graph."""
     echo = Mock(side_effect=lambda x, t, encoder_hidden_states: argparse.Namespace(sample=encoder_hidden_states))
     words, net = torch.randn(2, 5, 16), load(pipeline / "unet")
-    said = seppo.predict(echo, torch.zeros(2, 4, 3, 8, 8), torch.tensor([1, 2]), words)
-    assert torch.equal(said, words[[0, 0, 0, 1, 1, 1]])
+    predicted = seppo.predict(echo, torch.zeros(2, 4, 3, 8, 8), torch.tensor([1, 2]), words)
+    assert torch.equal(predicted, words[[0, 0, 0, 1, 1, 1]])
     net.forward = Mock(wraps=net.forward)
     for guidance, rows in ((1, 2), (3, 4)):
         net.forward.reset_mock()
@@ -243,21 +243,21 @@ def test_parquet_order_ties_and_broken_rows(tmp_path, pairs):
     fetched = rows_of(tmp_path / "data", 40, "--method", "dpo")
     captions = [caption for _, caption, *_ in fetched]
     usable = {f"picture {i}" for i in range(20) if i % 5 != 4} - {f"picture {i}" for i in (0, 2, 3, 6)}
-    assert {*captions} == usable, "ties, broken rows and other splits never come, all others come"
+    assert {*captions} == usable, "ties, broken rows and other splits never appear, all other rows do"
     assert {*captions[:20]} == usable and captions[:20] != captions[20:], "each epoch has its own order"
     assert not any(replaced for *_, replaced in rows_of(pairs, 20)), "ties are not broken rows"
 
-    def turned(fetched):  # whether each pair is mirrored
+    def mirrors(fetched):  # whether each pair is mirrored
         for _, caption, winner, loser, _ in fetched:  # the winner is the picture with label 1
             i = int(caption.split()[1])
             sides = (0, 1) if rows["label_0"][i] == 1 else (1, 0)
             found, pair = torch.stack([winner, loser]), torch.stack([plain(rows[f"jpg_{side}"][i]) for side in sides])
             yield close(found, pair.flip(-1))
-            assert close(found, pair) or close(found, pair.flip(-1)), "both are turned, or none"
+            assert close(found, pair) or close(found, pair.flip(-1)), "both are mirrored, or neither"
 
-    mirrored, other = [*turned(fetched)], rows_of(tmp_path / "data", 40, "--method", "dpo", "--seed", "1")
+    mirrored, other = [*mirrors(fetched)], rows_of(tmp_path / "data", 40, "--method", "dpo", "--seed", "1")
     assert 12 <= sum(mirrored) <= 28, "half of 40, within 2.5 standard deviations"
-    assert [row[1] for row in other] != captions and [*turned(other)] != mirrored, "the seed draws order and mirrors"
+    assert [row[1] for row in other] != captions and [*mirrors(other)] != mirrored, "the seed draws order and mirrors"
 
 
 def test_a_row_group_is_read_once_and_ahead_of_its_use():
@@ -272,7 +272,7 @@ def test_a_row_group_is_read_once_and_ahead_of_its_use():
     data = winners(12, 10)
     names = [data.row(n)[0] for n in range(240)]
     assert sorted(names[:120]) == sorted(names[120:]) == sorted(f"{g} {i}" for g in range(12) for i in range(10))
-    assert sorted(read[:12]) == [*range(12)] and read[:12] != read[12:], "an epoch has each group once, in its order"
+    assert sorted(read[:12]) == [*range(12)] and read[:12] != read[12:], "an epoch reads each group once, shuffled"
     first, second = ([name for name in part if name[:2] == "7 "] for part in (names[:120], names[120:]))
     assert first != second, "and its own order within a group"
     assert [winners(12, 10, "--seed", 1).row(n)[0] for n in range(9)] != names[:9], "the seed draws the order"
@@ -296,7 +296,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: argparse.Namespace(dataset_info=at))
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda **_: DirFileSystem("hub", LocalFileSystem()))
     monkeypatch.setattr(seppo, "PAUSES", (0.01, 0.02))
-    info.down, info.bytes, read = 0, 0, LocalFileOpener.read  # how often a row group cannot be read; what is read
+    info.down, info.bytes, read = 0, 0, LocalFileOpener.read  # failures still to come; bytes read so far
 
     def drop(self, n=-1):
         info.down -= n > 100_000
@@ -330,7 +330,7 @@ def test_a_run_waits_for_the_network_and_keeps_its_revision(hub, pipeline, capsy
 
 
 def captioned(folder, names, **captions):
-    """Small JPEGs and their captions, which are given as bytes, or the pictures' names."""
+    """Small JPEGs and their captions: the one given under its name, else `caption NAME`."""
     for path in map(Path(folder).joinpath, names.split()):
         put(path.with_suffix(".txt"), captions.get(path.stem, f"caption {path.stem}")), put(path, jpeg(0))
     return Path(folder)
@@ -340,7 +340,7 @@ captions_of = lambda folder: {row[1].strip() for row in rows_of(folder, 20)}
 
 
 def test_picture_folders(tmp_path, capsys):
-    """A picture with a caption is data. Nothing hidden is, nothing of a run, no Parquet beside captions."""
+    """A captioned picture is data. Hidden files, files of a run and Parquet beside captions are not."""
     folder = captioned(tmp_path / "a [b]", "0.jpg 1.JFIF 2.jpe deep/3.png .hidden/4.jpg 6.avif old/samples/7.jpg")
     for name in ("._0.jpg", "uncaptioned.jpg", "0.json", "old/config.json"):  # 0.json: as img2dataset writes it
         (folder / name).write_bytes(jpeg(9))
@@ -360,7 +360,7 @@ def test_picture_folders(tmp_path, capsys):
 
 
 def test_no_part_of_a_folder_is_lost(tmp_path, capsys):
-    """Linked folders are read once. A split is meant only where other splits are named beside it."""
+    """Linked folders are read once. The word `train` is a split only if other splits lie beside it."""
     captioned(tmp_path / "store", "0.jpg 1.jpg"), captioned(tmp_path / "data", "2.jpg deep/3.jpg")
     links = {"a": "store", "b": "store", "deep/loop": "data"}
     [(tmp_path / "data" / link).symlink_to(tmp_path / folder) for link, folder in links.items()]
@@ -375,7 +375,7 @@ def test_no_part_of_a_folder_is_lost(tmp_path, capsys):
     assert "1 of 3 files are used, those of the split named train" in capsys.readouterr().out
 
 
-def test_captions_are_read_or_counted_never_garbage(tmp_path):
+def test_captions_are_decoded_or_skipped_never_garbage(tmp_path):
     said = dict(a=b"\xef\xbb\xbfcaf\xc3\xa9", b="caf\xe9".encode("utf-16"), c="caf\xe9".encode("cp1252"))
     said |= dict(d="\u5915".encode("sjis"), e="caf".encode("utf-16-le"), f="caf".encode("utf-32"), g=b"\xff\xfea")
     rows = rows_of(captioned(tmp_path / "p", "a.jpg b.jpg c.jpg d.jpg e.jpg f.jpg g.jpg", **said), 20)
@@ -383,7 +383,7 @@ def test_captions_are_read_or_counted_never_garbage(tmp_path):
 
 
 def test_labels_are_preferences(tmp_path):
-    """With label_1 there, the two must say the opposite; numbers may be text or truth values."""
+    """label_1, if present, must be the opposite of label_0; labels may be text or booleans."""
     for yes, no in (("1", "0"), (True, False)):
         labels = {"label_0": [yes, no] * 4, "label_1": [no, yes, yes, no, None, yes, no, yes]}
         fetched = rows_of(put(tmp_path / f"{yes}.parquet", pickapic_rows(8) | labels), 16)
@@ -396,7 +396,7 @@ def test_a_folder_is_the_same_however_it_is_spelled(pipeline, tmp_path, monkeypa
     spellings = (data, f"{data}/", "mine", "./mine/../mine", "~/mine")
     assert all(run(f"{pipeline}/", spelling, "--steps", 1) == 0 for spelling in spellings)
     assert len({seppo.parse_args(["--model", str(pipeline), "--data", str(name)]).out for name in spellings}) == 1
-    assert run(pipeline, captioned("other", "0.jpg 1.jpg"), "--steps", 1) == 2, "another folder is another"
+    assert run(pipeline, captioned("other", "0.jpg 1.jpg"), "--steps", 1) == 2, "another folder is different data"
     for name, code in (("../secret.jpg", 2), ("a/../../secret.jpg", 2), (data / "0.jpg", 0)):
         (data / "metadata.jsonl").write_text(json.dumps({"file_name": str(name), "text": "a"}))
         assert run(pipeline, "mine", "--steps", 1, "--out", f"{code}") == code
@@ -410,12 +410,12 @@ USELESS |= {"PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(
 USELESS |= {"floats": encoded(Image.new("F", (64, 64), 1e30), "TIFF"), "a path": str(HERE / "LICENSE")}
 USELESS |= {"a pipe": Path("pipe")}
 
-# each is a picture, if an odd one: no row may be lost; all are of one grey
+# each is a picture, if an odd one, of the same grey: none may be skipped
 GREY = Image.new("L", (64, 48), 200)
 IMAGES = {"1 pixel": GREY.crop((0, 0, 1, 1)), "wide": GREY.resize((30000, 1)), "opaque": GREY.convert("LA")}
 IMAGES |= {"16-bit": Image.frombytes("I;16", (64, 64), b"\0\xc8" * 4096)}
 ODD = {kind: encoded(image, "PNG") for kind, image in IMAGES.items()}
-ODD |= {"big end first": encoded(Image.frombytes("I;16B", (64, 64), b"\xc8\0" * 4096), "TIFF")}
+ODD |= {"big-endian": encoded(Image.frombytes("I;16B", (64, 64), b"\xc8\0" * 4096), "TIFF")}
 ODD |= {"CMYK": encoded(Image.new("CMYK", (64, 64), (55, 55, 55, 0)), "JPEG"), "WebP": encoded(GREY, "WEBP")}
 ODD |= {"animated": encoded(GREY, "GIF", save_all=True, append_images=[Image.new("L", (64, 48), 0)] * 3)}
 ODD |= {"odd EXIF": encoded(GREY, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")}
@@ -437,10 +437,10 @@ def test_an_odd_picture_is_a_picture(kind):
 
 
 def test_a_picture_is_upright_cropped_to_its_centre_smooth_and_on_white():
-    shown, lies = Image.new("RGB", (200, 100), "red"), Image.Exif()
+    shown, exif = Image.new("RGB", (200, 100), "red"), Image.Exif()
     shown.paste("blue", (50, 0, 100, 100)), shown.paste("black", (100, 0, 150, 100))
-    lies[0x0112] = 6  # stored with its top at the left
-    pixels = seppo.to_pixels(encoded(shown.rotate(90, expand=True), "PNG", exif=lies), options("y"))
+    exif[0x0112] = 6  # stored with its top at the left
+    pixels = seppo.to_pixels(encoded(shown.rotate(90, expand=True), "PNG", exif=exif), options("y"))
     assert [pixels[:, :, x].mean(1).tolist() for x in (1, 30, 33, 62)] == [[-1, -1, 1]] * 2 + [[-1] * 3] * 2
     stripes = Image.frombytes("L", (128, 128), b"\0\xff" * 8192)
     assert seppo.to_pixels(encoded(stripes, "PNG"), options("y"))[:, :, 1:-1].abs().max() < 0.01, "stripes become grey"
@@ -480,14 +480,14 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     skipped = [row[-1] for row in fetched]
     assert max(skipped) > 1 and [line["skipped_rows"] for line in lines] == [sum(skipped[:n]) for n in (4, 8, 12, 16)]
     assert json.loads((out / "config.json").read_text())["versions"]["torch"] == torch.__version__
-    pipe = says_how_to_load(said.out)
+    pipe = load_as_printed(said.out)
     assert same(pipe.unet.state_dict(), weights("run/checkpoint-4/unet"))
     assert not same(pipe.unet.state_dict(), weights(pipeline / "unet")), "it must have learned something"
     base, last, anchors = (Image.open(out / "samples" / f"{name}.png") for name in ("step-0", "step-4", "anchor-4"))
     assert last.size == (120 + 4 * 66, 40 + 2 * 66) == anchors.size
     assert last.crop((0, 0, *base.size)).tobytes() == base.tobytes(), "the base model's row stays as it was"
-    frames = [anchors.getpixel((120 + 66 * x, 40 + 66)) for x in range(4)]
-    assert [frames.count(c) / 4 for c in ((255, 0, 0), (0, 255, 0))] == [lines[3][f"sign_{n}"] for n in ("pos", "neg")]
+    edges = [anchors.getpixel((120 + 66 * x, 40 + 66)) for x in range(4)]
+    assert [edges.count(c) / 4 for c in ((255, 0, 0), (0, 255, 0))] == [lines[3][f"sign_{n}"] for n in ("pos", "neg")]
     pipe.scheduler = DPMSolverMultistepScheduler(**LEVELS, timestep_spacing="trailing")
     *_, noise = seppo.draws("samples", range(4), (4, 8, 8), 1, 0)
     for n, top in ((0, 40), (4, 40 + 66)):  # the policy's pictures, always from this noise
@@ -501,7 +501,7 @@ def test_command_end_to_end(pipeline, tmp_path, capsys):
     assert {*found} == {"seed", "beta", "lr", "guidance"}
 
 
-def says_how_to_load(out):  # the last run's last lines, as a program -> its `pipe` or `unet`
+def load_as_printed(out):  # the last run's last lines, as a program -> its `pipe` or `unet`
     names = {}
     exec("\n".join(line.strip() for line in out[out.rindex("To load it:") :].splitlines()[1:]), names)
     return names.get("pipe", names.get("unet"))
@@ -535,8 +535,8 @@ RUNS |= {"--lora-rank 2 --reference latest --lr 1e-2": "generated latest sign"}
 
 @pytest.mark.parametrize("argv", RUNS)
 def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
-    """Every update anew, from the checkpoints: its pairs as diffusers' pipeline draws them, its loss as written in
-    plain Python, its gradient by the functions that a student would copy."""
+    """Recomputes every update from the checkpoints: the pairs with diffusers' pipeline, the loss in
+    plain Python, the gradient with a copy of sections 1 and 2 of seppo.py."""
     loser, rule, flip = RUNS[argv].split()
     levels = shutil.copytree(pipeline, "v") / Path("scheduler/scheduler_config.json")
     levels.write_text(json.dumps(json.loads(levels.read_text()) | {"prediction_type": "v_prediction"}))
@@ -544,10 +544,10 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
     assert run(pipeline, pairs, *argv.split(), "--save-every", 1, "--steps", 4) == 0
     sections_1_and_2 = re.search(r"# ---- 1\..*?(?=# ---- 3\.)", (HERE / "seppo.py").read_text(), re.S)[0]
     exec(sections_1_and_2, space := {"torch": torch, "F": torch.nn.functional, "diffusers": diffusers})
-    cut, pipe = argparse.Namespace(**space), StableDiffusionPipeline.from_pretrained(o.model, low_cpu_mem_usage=False)
+    ours, pipe = argparse.Namespace(**space), StableDiffusionPipeline.from_pretrained(o.model, low_cpu_mem_usage=False)
     noising = DDPMScheduler.from_config(pipe.scheduler.config)
     settings = LEVELS | dict(timestep_spacing="trailing", prediction_type=noising.config.prediction_type)
-    ddim = functools.partial(diffusers.DDIMScheduler, clip_sample=False)  # of itself it clips, as for pixels
+    ddim = functools.partial(diffusers.DDIMScheduler, clip_sample=False)  # by default it clips, as pixel models need
     pipe.scheduler = (ddim if o.solver == "ddim" else DPMSolverMultistepScheduler)(**settings)
     fetched = rows_of(pairs, 16, "--method", o.method, "--seed", o.seed)
 
@@ -582,10 +582,10 @@ def test_updates_equal_a_plain_rewrite(pipeline, pairs, argv):
                 pipe.unet = reference
                 settings = dict(num_inference_steps=o.sampler_steps, guidance_scale=o.guidance, height=64, width=64)
                 x_r = pipe(captions, latents=noise_r, output_type="latent", **settings).images
-                again = cut.sample(reference, noising, noise_r, asked, empty, o.solver, o.sampler_steps, o.guidance)
+                again = ours.sample(reference, noising, noise_r, asked, empty, o.solver, o.sampler_steps, o.guidance)
                 torch.testing.assert_close(again, x_r, rtol=1e-3, atol=1e-3)
         anchor = reference if loser != "none" else None
-        loss, _ = cut.batch_loss(policy, anchor, noising, x_w, eps, t, context, x_r, None, o.beta, flip)
+        loss, _ = ours.batch_loss(policy, anchor, noising, x_w, eps, t, context, x_r, None, o.beta, flip)
         (loss / 4).backward()
         norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm().item()
         assert line["grad_norm"] == pytest.approx(norm, rel=1e-3), f"update {u}"
@@ -614,7 +614,7 @@ def test_a_solver_is_what_its_name_says(pipeline, pairs, capsys):
 
 
 def test_schedule_clipping_and_intervals(pipeline, pairs, monkeypatch):
-    """Linear warm-up over a quarter; an interval has one reference; a clipped step has norm 1; AdamW's settings."""
+    """Warm-up over a quarter of a run; one reference per interval; clipped gradients of norm 1; AdamW's settings."""
     chances = [torch.Generator().manual_seed(seppo.key(3, "reference", k)) for k in (1, 2, 3)]
     drawn = [seppo.choose_reference(k, "random", chance) for k, chance in zip((1, 2, 3), chances)]
     assert run(pipeline, pairs, "--steps", 8, "--save-every", 3, "--seed", 3) == 0
@@ -624,8 +624,8 @@ def test_schedule_clipping_and_intervals(pipeline, pairs, monkeypatch):
     base, first = weights(pipeline / "unet"), weights("steep/checkpoint-1/unet")
     state = load_file("steep/resume.safetensors")
     gradients = {name: state[f"{name} exp_avg"] / (1 - 0.9) for name in base}
-    length = sum(g.square().sum().item() for g in gradients.values())
-    assert metrics("steep")[0]["grad_norm"] > 10 and length == pytest.approx(1, rel=1e-3), "clipped"
+    squared_norm = sum(g.square().sum().item() for g in gradients.values())
+    assert metrics("steep")[0]["grad_norm"] > 10 and squared_norm == pytest.approx(1, rel=1e-3), "clipped"
     for name, g in gradients.items():
         torch.testing.assert_close(state[f"{name} exp_avg_sq"], (1 - 0.999) * g.square())
         step = 0.01 * base[name] + g / (g.abs() + 1e-8)  # weight decay, and Adam's first step
@@ -664,7 +664,7 @@ def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypat
 def test_half_precision(pipeline, pairs, monkeypatch):
     seen, gradient = [], seppo.Trainer.gradient
 
-    def checked(self, rows):  # the generator is the reference in fp16; halves are shared
+    def checked(self, rows):  # the sampling net is the reference in fp16; nets share fp16 weights
         held = [p for net in (self.policy, self.reference) for p in net.parameters() if p.dtype == torch.float16]
         shared = {*map(id, held)} <= {*map(id, self.half_copy.parameters())}
         seen.append(shared and same(copy.deepcopy(self.reference).half().state_dict(), self.half_copy.state_dict()))
@@ -682,7 +682,7 @@ def test_half_precision(pipeline, pairs, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeypatch, capsys):
-    """In an update's first chunk, or in its second, also when resuming: nothing is learned from it. The loss scale
+    """From such an update, found in its first or second chunk, nothing is learned, also when resuming. The loss scale
     falls to a 16th, then rises by a tenth per update. Three updates in a row stop a run."""
     argv = ["--micro-batch", 2, "--generate-batch", 2, "--save-every", 1, "--dtype", "fp16", "--sampler-steps", 1]
     loss, calls, bad = seppo.batch_loss, Counter(), {2: 1, 4: 2, 6: 1}  # the update, and its chunk
@@ -703,10 +703,10 @@ def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeyp
     assert [line["loss"] is None for line in lines] == [n in bad for n in range(1, 8)]
     assert [same(a, b) for a, b in zip(ends, ends[1:])] == [n in bad for n in range(1, 8)]
     assert progress()["scale"] == pytest.approx((1.1 / 16) ** 3) and progress()["in_a_row"] == 0
-    generated = 2 * (7 + 1) - 2  # an update is done again; twice the second chunk is spared
-    assert sample.call_count == 2 * 9 + generated, "two for each sheet of sample images and for the base's at a start"
+    generated = 2 * (7 + 1) - 2  # one update is repeated; a bad first chunk spares the second
+    assert sample.call_count == 2 * 9 + generated, "two calls per sheet of samples, and for the base's at each start"
     bad, says = dict.fromkeys(range(2, 9), 1), {7: "updates 2 to 4 had non-finite gradients", 2: "the last update was"}
-    for steps in says:  # two updates are a try of a card
+    for steps in says:  # a run of two updates may just be a trial of a GPU
         calls.clear(), shutil.rmtree("run")
         assert run(pipeline, pairs, *argv, "--steps", steps) == 2 and says[steps] in capsys.readouterr().err
 
@@ -726,7 +726,7 @@ def test_resume_is_bit_equal(pipeline, pairs, monkeypatch, capsys):
         assert interrupted(3, pipeline, pairs, "--out", out) == 130
         assert capsys.readouterr().err.endswith("\nseppo.py: interrupted; run the same command again to continue\n")
         assert len(metrics(out)) == 3 and not Path(out, "checkpoint-4").exists()
-        assert progress(out)["update"] == first, "no more is done again than must be"
+        assert progress(out)["update"] == first, "no more updates are repeated than necessary"
         Path(out, "samples/step-0.png").write_bytes(b"torn")  # it is not read again
         assert run(pipeline, pairs, "--out", out) == 0
         assert "Resuming after update" in capsys.readouterr().out
@@ -750,7 +750,7 @@ def test_a_state_of_another_run_is_refused(pipeline, pairs, capsys):
         path.unlink() if file == "no" else shutil.copy(file, path)
         assert run(pipeline, pairs, *argv) == 2 and says in capsys.readouterr().err.splitlines()[-1], file
         assert metrics() == lines and Path("run/checkpoint-2").is_dir()
-    (config := json.loads(Path("other/config.json").read_text()))["options"].pop("solver")  # younger than the run
+    (config := json.loads(Path("other/config.json").read_text()))["options"].pop("solver")  # an option added later
     Path("other/resume.safetensors").unlink()  # a finished run needs none
     for text, code in {"[]": 2, "null": 2, '{"options": null}': 2, json.dumps(config): 0}.items():
         Path("other/config.json").write_text(text)
@@ -781,7 +781,7 @@ def test_missing_weights_are_refused(pipeline, pairs, capsys):
     assert run("mute", pairs) == 2 and "tokenizer" in capsys.readouterr().err
 
 
-def test_which_weights(pipeline, pairs, capsys):
+def test_which_weights_a_path_means(pipeline, pairs, capsys):
     """WHERE/unet, else WHERE, else a run's last checkpoint; in half precision too."""
     assert run(pipeline, pairs, "--save-every", 1, "--steps", 2) == 0
     assert run(pipeline, pairs, "--unet", "run", "--out", "next", "--steps", 1) == 0
@@ -803,14 +803,14 @@ def test_which_weights(pipeline, pairs, capsys):
 def test_micro_batch_from_the_memory():
     o = seppo.parse_args(["--model", "m", "--data", "d", "--device", "cpu"])
     o.dtype = "fp16"
-    room = {24: 1, 40: 4, 48: 8, 80: 16, 141: 32}  # GB of a card: with 15.5 of them taken, and a tenth left free
+    room = {24: 1, 40: 4, 48: 8, 80: 16, 141: 32}  # {GB of a GPU: micro-batch}, with 15.5 GB taken and 10 % free
     assert {gb: seppo.choose_micro_batch(o, 0.9 * gb - 15.5 - 3.5) for gb in room} == room
     more = {"gradient_checkpointing": (True, 64), "resolution": (1024, 4), "batch_size": (6, 2), "dtype": ("fp32", 8)}
     for name, (value, n) in more.items():
         assert seppo.choose_micro_batch(argparse.Namespace(**vars(o) | {name: value}), 53) == n, name
     assert seppo.choose_micro_batch(o, -19) == 1, "there is no GPU"
     of_clips = argparse.Namespace(**vars(o) | dict(frames=16, gradient_checkpointing=True))
-    assert seppo.choose_micro_batch(of_clips, 141) == 4, "an attention kernel takes 65,535 sequences"
+    assert seppo.choose_micro_batch(of_clips, 141) == 4, "an attention kernel takes at most 65,535 sequences"
 
 
 @pytest.fixture(scope="session")
@@ -839,7 +839,7 @@ def test_clips(clips):
         return (clip.transpose(0, 1)[:, None] - frames).abs().mean((2, 3, 4)).argmin(1).tolist()
 
     for name in ("film.mp4", "old.mpg", "gif.gif"):
-        assert chosen(name, 4) == [0, 2, 5, 8], f"{name}: spread over 9 frames, which are few for a stride of 4"
+        assert chosen(name, 4) == [0, 2, 5, 8], f"{name}: spread over 9 frames, too few for a stride of 4"
     assert chosen("gif.gif", 2) == [0, 4] and chosen("gif.gif", 2, 0.999) == [4, 8]
     film, data = seppo.to_pixels(clips / "film.mp4", o(4)), (clips / "film.mp4").read_bytes()
     assert torch.equal(seppo.to_pixels(clips / "film.mp4", o(4), flip=True), film.flip(-1))
@@ -856,19 +856,19 @@ def test_clips(clips):
 
 @pytest.mark.parametrize("train", ["motion", pytest.param("all", marks=slow, id="slow-all")])
 def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
-    """Its errors are AnimateDiffPipeline's, both kinds of block are checkpointed, the last lines load what it made."""
+    """Its errors match AnimateDiffPipeline's; both kinds of block are checkpointed; the last lines load the result."""
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", again := Mock(wraps=torch.utils.checkpoint.checkpoint))
     argv = ["--motion-adapter", adapter, "--frames", 4, "--train", train, "--caption-dropout", 0, "--guidance", 3]
     argv += ["--steps", 2, "--save-every", 2, "--generate-batch", 2]
     disturbed("other", load(pipeline / "unet"))
     assert run(pipeline, clips, *argv, "--unet", "other", "--steps", 1, "--out", "next") == 0
-    found = says_how_to_load(capsys.readouterr().out).unet.state_dict()
+    found = load_as_printed(capsys.readouterr().out).unet.state_dict()
     wanted = {name: p for name, p in weights("other").items() if name in found}
     assert wanted and (train == "all" or same(wanted, found)), "its UNet is not the model's: it is saved too"
     assert run(pipeline, clips, *argv) == 0
     calls = {str(call.args[0]) for call in again.call_args_list}
     assert any("AnimateDiffTransformer3D" in call for call in calls) and len(calls) > 4
-    pipe, part = says_how_to_load(capsys.readouterr().out), "motion_adapter" if train == "motion" else "unet"
+    pipe, part = load_as_printed(capsys.readouterr().out), "motion_adapter" if train == "motion" else "unet"
     start, end = (load_file(f"run/checkpoint-{n}/{part}/diffusion_pytorch_model.safetensors") for n in (0, 2))
     motion = {name for name in start if "motion_modules" in name}
     moved = {name for name in start if not torch.equal(start[name], end[name])}
@@ -895,18 +895,18 @@ def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
 
 @pytest.mark.parametrize("method", ["seppo", "sspo --dtype fp16"])
 def test_lora(pipeline, pairs, capsys, evaluate, method):
-    """Adapters of the attention alone train, are the pool, and are loaded by diffusers as the last lines say."""
+    """Only attention adapters train; the pool holds only them; diffusers loads them as the last lines say."""
     argv = ["--lora-rank", 2, "--reference", "latest", "--lr", 1e-2, "--method", *method.split()]
     assert run(pipeline, pairs, *argv) == 0
     said, base, state = capsys.readouterr().out, load(pipeline / "unet"), load_file(f"run/checkpoint-4/{ADAPTERS}")
-    pipe = says_how_to_load(said)
+    pipe = load_as_printed(said)
     targets = [f"{name}.{kind}" for name, _ in base.named_modules() for kind in ("lora_A.weight", "lora_B.weight")]
     targets = {f"unet.{name}" for name in targets if re.search(r"attn[12]\.to_(q|k|v|out\.0)\.", name)}
     assert state.keys() == targets and {p.shape[i] for name, p in state.items() for i in ["B.w" in name]} == {2}
     n, trained = sum(p.numel() for p in base.parameters()), sum(p.numel() for p in state.values())
     held = float(re.search(r"Memory: (\S+) GB", said)[1]) / 4e-9
     assert "fp16" in method or held == pytest.approx(n + 5 * trained, rel=0.01), "nets share what does not train"
-    assert metrics()[0]["loss"] == metrics()[2]["loss"] == pytest.approx(math.log(2), abs=1e-6), "it is read back"
+    assert metrics()[0]["loss"] == metrics()[2]["loss"] == pytest.approx(math.log(2), abs=1e-6), "reference is policy"
     fused = evaluation.load_checked("x", "run", base, "epsilon")
     x, t, words = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
     loaded, fused, base = (net.eval()(x, t, words).sample for net in (pipe.unet, fused, base))
@@ -916,7 +916,7 @@ def test_lora(pipeline, pairs, capsys, evaluate, method):
 
 
 def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline, evaluate, monkeypatch, capsys):
-    """Its alpha, here twice its rank, stands in the file's header or in tensors. No part of a LoRA is left out."""
+    """Its alpha, here twice its rank, may be in the file header or in tensors. No part of a LoRA is left out."""
     for name in ("dora", "alpha"):
         unet = load(pipeline / "unet")
         torch.manual_seed(0)
@@ -947,7 +947,7 @@ def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline,
 def test_lora_of_motion_modules(pipeline, adapter, clips, capsys):
     argv = ["--motion-adapter", adapter, "--frames", 4, "--lora-rank", 2, "--generate-batch", 2, "--steps", 2]
     assert run(pipeline, clips, *argv) == 0
-    pipe, state = says_how_to_load(capsys.readouterr().out), load_file(f"run/checkpoint-2/{ADAPTERS}")
+    pipe, state = load_as_printed(capsys.readouterr().out), load_file(f"run/checkpoint-2/{ADAPTERS}")
     loaded = {f"unet.{name}".replace(".default_0.", "."): p for name, p in pipe.unet.named_parameters()}
     loaded = {name: p for name, p in loaded.items() if "lora" in name}
     assert loaded.keys() == state.keys() and same(loaded, state) and all("motion_modules" in name for name in state)
@@ -964,7 +964,7 @@ def test_the_toy_task_starts_from_the_shipped_base(monkeypatch, capsys):
     before, after = (seppo.mini_score(study.mini_pictures(net, captions, noise), captions) for net in nets)
     assert f"Mean score {before.mean():.2f} -> {after.mean():.2f} " in said and "python eval.py" in said
     assert f"better for {100 * (after > before).float().mean():.0f} % of 160 images" in said
-    assert same(says_how_to_load(said).state_dict(), nets[1].state_dict())
+    assert same(load_as_printed(said).state_dict(), nets[1].state_dict())
     assert same(weights("runs/mini-seppo/checkpoint-0/unet"), weights(seppo.MINI_BASE))
     assert metrics("runs/mini-seppo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     sheet, left, top = Image.open("runs/mini-seppo/samples/step-2.png"), 120, 40 + 2 * 66
@@ -995,10 +995,10 @@ def test_the_shipped_base_draws_what_its_captions_say():
 
 def test_every_flaw_costs_score_and_the_preferred_picture_is_the_best_of_sixteen():
     disc, contrast = ["a red disc"] * 5, torch.tensor([0, 0.5, -0.5, 1, -1])
-    of = lambda flaws: seppo.mini_score(seppo.draw_mini(disc, flaws), disc)
+    score = lambda flaws: seppo.mini_score(seppo.draw_mini(disc, flaws), disc)
     wanted = torch.tensor([1, 0.7, 0.7, 0.4, 0.4])  # too much contrast costs as much as too little; plain grey has 0
-    torch.testing.assert_close(of(contrast[:, None] * torch.eye(5)[2]), wanted)
-    assert of(0.6 * torch.eye(5)).max() < 0.97 and seppo.mini_score(torch.zeros(5, 3, 16, 16), disc).abs().max() < 1e-6
+    torch.testing.assert_close(score(contrast[:, None] * torch.eye(5)[2]), wanted)
+    assert score(0.6 * torch.eye(5)).max() < 0.97 and close(seppo.mini_score(torch.zeros(5, 3, 16, 16), disc), 0)
     captions, preferred, others = zip(*seppo.mini_rows("mini"))
     best, other = (seppo.mini_score(torch.stack(p), captions) for p in (preferred, others))
     assert (best > other).all()
@@ -1023,10 +1023,10 @@ REFUSED = """--lr 0 => --lr must be positive | --beta nan => --beta must be posi
 RANK= => use torchrun | WORLD_SIZE=2 => use torchrun | @lora => beside name.jpg
 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 => use torchrun | eval.py --protocol best => invalid choice
 eval.py --scorers clip,beauty => choose from pickscore | eval.py --scorers mini => for --model mini
-eval.py --scorer-weights no => no folder | eval.py --scorer-weights flat => a folder for each repository
+eval.py --scorer-weights no => not a folder | eval.py --scorer-weights flat => a folder for each repository
 eval.py --unet x=no => --unet x=no cannot be read | eval.py --unet a= => has no path
 eval.py --unet a=nan => non-finite
-eval.py --unet a=bare a=wide => a name of its own | eval.py --unet a=wide => another shape
+eval.py --unet a=bare a=wide => a name of its own | eval.py --unet a=wide => differs in shape
 eval.py --unet a=old => predicts v_prediction | eval.py --unet a=v => predicts v_prediction
 eval.py --prompts no.txt => cannot be read | eval.py --prompts empty.txt => holds no prompt
 eval.py --prompts p.json => entry 1 has no prompt | eval.py --prompts null.jsonl => entry 2 has no prompt
@@ -1059,7 +1059,7 @@ def refused(pipeline, adapter, clips, tmp_path_factory):  # a folder with what R
 
 
 @pytest.mark.parametrize("case", re.split(r" \| |\n", REFUSED))
-def test_what_is_refused_is_said_in_one_line_before_the_work(refused, evaluate, case, tmp_path, monkeypatch, capsys):
+def test_refusals_are_one_line_and_precede_the_work(refused, evaluate, case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(refused)
     words, says = case.replace("@", "--model model --resolution 64 --data ").split(" => ")
     [monkeypatch.setenv(*pair.split("=")) for pair in re.findall(r"[A-Z_]+=\S*", words)]
@@ -1100,7 +1100,7 @@ def test_broken_parquet(pipeline, tmp_path, says, capsys):
     assert says in (err := capsys.readouterr().err) and "Traceback" not in err
 
 
-def test_names_spellings_and_defaults():
+def test_run_names_option_spellings_and_defaults():
     given = {"": "seppo", "--seed 1": "seppo-seed-1", "--lr 1e-5": "seppo-lr-1e-05", "--method sft": "sft"}
     for argv, name in (given | {"--flip none --micro-batch 32": "seppo-flip-none"}).items():
         assert str(seppo.parse_args(argv.split()).out) == f"runs/mini-{name}"
@@ -1145,7 +1145,7 @@ def test_prompts_of_every_form():
 
 
 def test_named_prompts_come_from_the_right_files_in_order(monkeypatch):
-    """Pick-a-Pic's from validation_unique alone; HPD's style after style, as in its table; Parti's by their column."""
+    """Pick-a-Pic's are validation_unique only, HPD's are ordered by style, Parti's are read by their column name."""
     styles = ("anime", "concept-art", "paintings", "photo")
     files = {f"{style}.json": json.dumps([f"{style} {i}" for i in range(800)]) for style in reversed(styles)}
     files["PartiPrompts.tsv"] = "Prompt\tCategory\n" + "".join(f'a "{i}\tPeople\n' for i in range(1632))
@@ -1166,8 +1166,8 @@ def test_named_prompts_come_from_the_right_files_in_order(monkeypatch):
     assert evaluation.read_prompts("parti") == [f'a "{i}' for i in range(1632)]
 
 
-VISION, TEXT, DEPTH, PATCH, BERT_TEXT = 128, 64, 2, 56, 32  # widths, layers and so on of the small ones here
-WIDTH = {evaluation.H14: 48, evaluation.CLIPS["pickscore"]: 48, evaluation.L14: 32}  # of what a CLIP gives
+VISION, TEXT, DEPTH, PATCH, BERT_TEXT = 128, 64, 2, 56, 32  # widths, layers and so on of the tiny scorers
+WIDTH = {evaluation.H14: 48, evaluation.CLIPS["pickscore"]: 48, evaluation.L14: 32}  # of a CLIP's vectors
 PROMPTS = ["a red fox, 8k", "A  Painting of &amp; two moons " * 9, "“cat”"]
 # what the scorers' original code gives for these weights, pictures and prompts (fp32, on a CPU)
 EXPECTED = {"hpsv2": [-0.1995323, -0.0927444, -0.3687989], "hpsv2-aliased": [-0.1991733, -0.0924639, -0.3681261]}
@@ -1203,18 +1203,18 @@ def openai_clip(dim):  # a CLIP's state dict under OpenAI's names, which open_cl
 
 
 def imagereward_state(depth=DEPTH):  # ImageReward.pt: BLIP's two encoders, then linear layers
-    v, t, seen, w = "blip.visual_encoder.", "blip.text_encoder.", TEXT, BERT_TEXT
-    s = {v + "cls_token": seeded("cls", 1, 1, seen), v + "pos_embed": seeded("vpos", 1, (224 // PATCH) ** 2 + 1, seen)}
-    s |= {v + "patch_embed.proj.weight": seeded("patch", seen, 3, PATCH, PATCH)}
-    s |= {v + "patch_embed.proj.bias": seeded("patchb", seen), t + "embeddings.position_ids": torch.arange(64)[None]}
+    v, t, vw, w = "blip.visual_encoder.", "blip.text_encoder.", TEXT, BERT_TEXT
+    s = {v + "cls_token": seeded("cls", 1, 1, vw), v + "pos_embed": seeded("vpos", 1, (224 // PATCH) ** 2 + 1, vw)}
+    s |= {v + "patch_embed.proj.weight": seeded("patch", vw, 3, PATCH, PATCH)}
+    s |= {v + "patch_embed.proj.bias": seeded("patchb", vw), t + "embeddings.position_ids": torch.arange(64)[None]}
     s |= {t + "embeddings.word_embeddings.weight": seeded("words", 99, w) * 8}
     s |= {t + "embeddings.position_embeddings.weight": seeded("pos", 64, w)}
-    s |= linears(v, norm=(seen,)) | linears(t, embeddings__LayerNorm=(w,))
+    s |= linears(v, norm=(vw,)) | linears(t, embeddings__LayerNorm=(w,))
     for i in range(depth):
         p, q = f"{v}blocks.{i}.", f"{t}encoder.layer.{i}."
-        s |= linears(p, norm1=(seen,), norm2=(seen,), attn__qkv=(3 * seen, seen), attn__proj=(seen, seen))
-        s |= linears(p, mlp__fc1=(4 * seen, seen), mlp__fc2=(seen, 4 * seen))
-        for attention, into in (("attention.", w), ("crossattention.", seen)):
+        s |= linears(p, norm1=(vw,), norm2=(vw,), attn__qkv=(3 * vw, vw), attn__proj=(vw, vw))
+        s |= linears(p, mlp__fc1=(4 * vw, vw), mlp__fc2=(vw, 4 * vw))
+        for attention, into in (("attention.", w), ("crossattention.", vw)):
             s |= linears(q + attention, self__query=(w, w), self__key=(w, into), self__value=(w, into))
             s |= linears(q + attention, output__LayerNorm=(w,), output__dense=(w, w))
         s |= linears(q, output__LayerNorm=(w,), intermediate__dense=(2 * w, w), output__dense=(w, 2 * w))
@@ -1253,7 +1253,7 @@ def scorer_weights(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_scorers_give_their_originals_values(name, scorer_weights):
+def test_scorers_reproduce_the_original_scores(name, scorer_weights):
     sizes = ((64, 64), (300, 200), (513, 640))
     images = [Image.open(io.BytesIO(jpeg(i, 256))).resize(size) for i, size in enumerate(sizes)]
     scorer = evaluation.load_scorer(name.split("-")[0], scorer_weights, antialias="aliased" not in name)
@@ -1272,7 +1272,7 @@ def evaluate(pipeline, scorer_weights):
     return lambda *argv: evaluation.main([str(word) for word in (*tiny, *argv)])
 
 
-def disturbed(folder, net, size=0.05):  # another net: these weights and noise
+def disturbed(folder, net, size=0.05):  # saves the net with noise added to its weights
     torch.manual_seed(0)
     for p in net.parameters():
         p.data += size * torch.randn_like(p)
@@ -1330,8 +1330,8 @@ def test_missing_scorers_are_found_first_and_equal_models_tie(pipeline, evaluate
     assert evaluate("--model", nan) == 2 and "'picture 0' gives non-finite pixels" in capsys.readouterr().err
 
 
-def test_pictures_are_what_diffusers_draws_and_a_protocol_has_its_resize(pipeline, evaluate, scorer_weights):
-    """The paper's protocol: PNDM, one generator for all prompts, none but the base's noise levels."""
+def test_pictures_match_diffusers_and_each_protocol_has_its_resize(pipeline, evaluate, scorer_weights):
+    """The paper's protocol: PNDM, one generator for all prompts, the base's noise levels."""
     o = evaluation.parse_args(["--model", "x", "--protocol", "paper"])
     assert (o.solver, o.sampler_steps, o.guidance, o.resolution, o.seed) == ("pndm", 50, 7.5, 512, 0)
     paper, g = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None), torch.Generator().manual_seed(0)
@@ -1343,14 +1343,14 @@ def test_pictures_are_what_diffusers_draws_and_a_protocol_has_its_resize(pipelin
         made, prompts = [Image.open(Path("out", row["file"])) for row in rows], [row["prompt"] for row in rows]
         for prompt, picture in zip(prompts, made) if protocol == "paper" else ():
             difference = 255 * (evaluation.to_tensor(paper(prompt).images[0]) - evaluation.to_tensor(picture))
-            assert difference.abs().max() < 1.01 and difference.mean().abs() < 0.1, "rounded, not cut"
+            assert difference.abs().max() < 1.01 and difference.mean().abs() < 0.1, "rounded, not truncated"
         scorer = evaluation.load_scorer("hpsv2", scorer_weights, antialias=protocol == "paired")
         assert [row["hpsv2"] for row in rows] == pytest.approx(scorer.score(made, prompts).tolist(), abs=2e-6)
-        assert "the paper's own figures" not in Path("out/table.md").read_text(), "they are of other prompts"
+        assert "the paper's own figures" not in Path("out/table.md").read_text(), "they are for other prompts"
 
 
 def test_clips_are_what_animatediff_draws(pipeline, adapter, evaluate, scorer_weights):
-    """A filmstrip of its frames; the score is their mean; another adapter is another model."""
+    """A clip is saved as a filmstrip, its score is the mean over frames; another adapter counts as another model."""
     disturbed("other", diffusers.MotionAdapter.from_pretrained(adapter), 0.5)
     argv = ["--motion-adapter", adapter, "--frames", 3, "--max-prompts", 2, "--unet", "x=other", "--guidance", 3]
     assert evaluate(*argv, "--batch-size", 2) == 0
@@ -1370,7 +1370,7 @@ def test_clips_are_what_animatediff_draws(pipeline, adapter, evaluate, scorer_we
 
 
 def test_evaluation_resumes_and_reuses(pipeline, evaluate, monkeypatch):
-    """Killed and begun again it makes the same files; and whatever changes a picture changes its name."""
+    """Interrupted and restarted, it makes the same files; whatever changes a picture changes its name."""
     disturbed("other", load(pipeline / "unet"))
     assert evaluate("--unet", "x=other", "--out", "straight") == 0
     draw, ctrl_c = seppo.sample, Mock(side_effect=KeyboardInterrupt)
@@ -1434,36 +1434,36 @@ def test_what_the_study_measures():
     assert study.shape_accuracy(ideal, [f"a red {shape}" for *_, shape in words]) == 1
     assert study.shape_accuracy(ideal, [f"a {colour} disc" for _, colour, _ in words]) == 0.25
     preferred = study.run_cell("far", "preferred", 0, 0, 0)
-    assert abs(preferred["distance"]) < 0.05 < 5 < pale["distance"] and preferred["clipped"] == 0, "0.96 at most"
+    assert abs(preferred["distance"]) < 0.05 < 5 < pale["distance"] and preferred["clipped"] == 0, "|pixels| <= 0.96"
     assert study.energy_distance(torch.zeros(3, 4), torch.full((5, 4), 2.0)) == 8, "twice the distance of two points"
 
 
-def test_what_each_form_of_the_sign_knows(bases):
+def test_each_form_of_the_sign_equals_a_plain_rewrite(bases):
     (policy, reference), codec, texts = bases, seppo.Miniature("cpu"), seppo.CAPTIONS
     t, _, eps, x_w, noise = seppo.draws("forms", range(16), (12, 8, 8), 1000, 0)
     batch = dict(x_w=0.1 * x_w, eps=eps, t=t, context=codec.encode_text(texts))
     error = lambda net, new: seppo.denoising_error(net, codec.scheduler, *(batch | new).values()).detach()
-    below = lambda **new: error(reference, new) - error(policy, new)
+    advantage = lambda **new: error(reference, new) - error(policy, new)
     scores = (seppo.mini_score(study.mini_pictures(net, texts, noise), texts) for net in bases)
     g, shuffled = torch.Generator().manual_seed(0), torch.randperm(16, generator=torch.Generator().manual_seed(0))
     drawn = [dict(t=torch.randint(1000, t.shape, generator=g), eps=torch.randn(eps.shape, generator=g)) for _ in t[:8]]
-    mean, none = below().mean().expand(16), torch.zeros(16)
-    wanted = {"independent draw": [below(**drawn[0])], "8 draws": [sum(below(**new) for new in drawn)]}
-    wanted |= {"coin": [below()[shuffled]], "oracle": [torch.sub(*scores)], "batch's mean": [mean]}
+    mean, none = advantage().mean().expand(16), torch.zeros(16)
+    wanted = {"independent draw": [advantage(**drawn[0])], "8 draws": [sum(advantage(**new) for new in drawn)]}
+    wanted |= {"coin": [advantage()[shuffled]], "oracle": [torch.sub(*scores)], "batch's mean": [mean]}
     for mode, signs in (wanted | {"previous mean": [none, mean, none]}).items():  # in three updates
         trainer = study.Anchored(mode, seppo.parse_args(["--device", "cpu"]), policy, codec)
         for index, known in zip((3, 3, 4), signs):
             trainer.reference, trainer.reference_index = reference, index
             assert torch.equal(trainer.anchor_sign(batch, texts, noise), known.sign()), mode
     half = study.run_cell("far", "half", 1e-2, 5, 0)
-    assert half["sign_pos"] == 1 and {*below().sign().tolist()} == {-1, 1}, "own draws say 0 in the first update"
+    assert half["sign_pos"] == 1 and {*advantage().sign().tolist()} == {-1, 1}, "the loss's signs would be 0 at first"
 
 
 def test_the_sign_against_a_planted_truth(tmp_path, monkeypatch):
-    """x^r is better for 2 of 4 winners; for 3 of the 4 that two draws mark, and 2 of the 3 that their mean marks."""
+    """x^r is better for 2 of 4 winners, for 3 of the 4 signs -1 of two draws, for 2 of the 3 of their mean error."""
     errors = [*map(iter, ([[1.0, 1, 3, 3], [1.0, 3, 3, 1]], [[2.1] * 4] * 2, [[2.1] * 4] * 2))]  # by model and draw
     scores, rows = iter([[1.0, 0, 0, 1], [0.4] * 4, [0.4] * 4]), seppo.mini_rows("mini", 4, 1000)
-    [Path(f"checkpoint-{n}").mkdir() for n in range(3)]  # where the reference is not the first, nothing is better
+    [Path(f"checkpoint-{n}").mkdir() for n in range(3)]  # no x^r is better for a reference other than checkpoint 0
     monkeypatch.setattr(study, "load_net", lambda folder: int(folder.name[-1]))
     monkeypatch.setattr(study, "mini_pictures", lambda *_: None)
     monkeypatch.setattr(seppo, "mini_rows", lambda *_: rows)
@@ -1498,11 +1498,11 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
     chosen = {"lr": "0.0001", "beta": "250", "score": "0.705 ± 0.004"}  # Student's t: 2.365 x 0.0053 / sqrt(8)
     assert code == 0 and chosen.items() <= tuned["seppo", "near"].items()
     assert tuned["initial, sign", "far"]["score"] == "0.505 ± 0.009" and tuned["base", "far"]["score"] == "0.500"
-    assert less["seppo", "far"]["score less sft"] == "**+0.100 ± 0.000**"
-    wanted = {"mean gain": "+0.132", "worst run": "+0.050", "near: mean gain": "+0.138", "near: worst run": "+0.100"}
+    assert less["seppo", "far"]["score minus sft"] == "**+0.100 ± 0.000**"
+    wanted = {"mean gain": "+0.132", "worst run": "+0.050", "close: mean gain": "+0.138", "close: worst run": "+0.100"}
     wanted |= {"above tuned sft": "67%", "one step of lr up": "-0.050 (-0.050 to -0.050)"}
     assert wanted.items() <= untuned["seppo", "far"].items()
-    assert untuned["sspo", "near"]["less sft"] == "-0.050 (-0.100 to +0.000)"
+    assert untuned["sspo", "near"]["minus sft"] == "-0.050 (-0.100 to +0.000)"
     _, (untuned, *_) = report(*(line for line in made.values() if line["variant"] != "spin"))
     assert ("spin", "far") not in untuned and ("seppo", "far") in untuned
     assert "grid of the main methods (48 of 160)" in (tmp_path / "study.md").read_text()
@@ -1510,7 +1510,7 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
     assert "has a run of `near` from the base model other, not near: restore" in capsys.readouterr().err
 
 
-def test_the_readmes_study_is_that_of_its_lines():
+def test_study_md_and_the_readme_match_study_jsonl():
     runs, text = study.Study(HERE / "assets/study.jsonl", {}), (HERE / "README.md").read_text()
     if any(cell not in runs for _, of_stage, *_ in runs.stages() for cell in of_stage):
         pytest.skip("study.jsonl is not complete")
@@ -1575,7 +1575,7 @@ MOMENTS = """config.json:half step-0.png:half checkpoint-0:half checkpoint-0:aft
 @slow
 @pytest.mark.parametrize("moment", MOMENTS.split())
 def test_slow_a_kill_inside_every_file(pipeline, pairs, moment):
-    """With half of the file written, just after it has its name, or when the log is written anew."""
+    """With half of the file written, just after it is renamed, or when the log is written anew."""
     (name, when), whole = moment.split(":"), seppo.whole
     assert run(pipeline, pairs, "--out", "straight") == 0 == (run(pipeline, pairs) if "metrics" in moment else 0)
 
@@ -1600,13 +1600,13 @@ def test_slow_a_kill_inside_every_file(pipeline, pairs, moment):
 
 @slow
 @pytest.mark.parametrize("how", ["seppo", "sspo", "seppo --lora-rank 2", "seppo unused"])
-def test_slow_two_processes_are_one(tmp_path, how):
+def test_slow_two_processes_equal_one(tmp_path, how):
     model = save_pipeline(tmp_path / "model", **{"time_cond_proj_dim": 8} if "unused" in how else {})
     argv = ["--model", model, "--data", put(tmp_path / "p.parquet", pickapic_rows(40)), *TINY, "--batch-size", 16]
     argv += ["--steps", 6, "--method", *how.replace(" unused", "").split()]
     for n in (1, 2):
         done = process(*argv, "--out", f"run{n}", torchrun=n)
-        assert done.stdout.count("Done.") == 1 and done.stderr.count("96/96") <= 2, f"only one speaks: {done.stderr}"
+        assert done.stdout.count("Done.") == 1 and done.stderr.count("96/96") <= 2, f"only one prints: {done.stderr}"
     file = ADAPTERS if "lora" in how else "unet/diffusion_pytorch_model.safetensors"
     base, one, two = (load_file(f"run{who}/checkpoint-{n}/{file}") for who, n in ((1, 0), (1, 6), (2, 6)))
     assert distance(one, two) < 0.01 * distance(base, one)

@@ -1,18 +1,18 @@
-"""The study: which method to use if you cannot tune, which if you can, and what does the sign of SePPO know?
+"""The study: which method to use without tuning, which with it, and how well does SePPO's sign judge samples?
 
-    python assets/study.py            # about 850 runs, ten hours on two cores; killed, the same command goes on
+    python assets/study.py            # about 850 runs, ten hours on two cores; run it again to resume
     python assets/study.py --tables   # no runs: study.md and study.png, from the lines of study.jsonl
 
 In the world `far` the base model has not seen preferred pictures; in `near` it was first fine-tuned on them. Every
-method runs in every cell of a grid of learning rates and betas, on 2 seeds. Its own cell has the highest mean over
+method runs in every cell of a grid of learning rates and betas, on 2 seeds. Its tuned cell has the highest mean over
 itself and its neighbours, so that luck in one cell counts less; tuned scores come from fresh seeds in that cell.
 
-Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: the score after the
-best scalar gain. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures
-(lower is better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. better to agrees:
-explained at anchor_truth. near: at most one step of lr from the method's own. "less": between runs of the same seed,
+Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: the score at the
+best contrast. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures
+(lower is better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. better ... agrees:
+see anchor_truth. close: at most one step of lr from the method's own. minus: between runs of the same seed,
 in the grid also of the same cell. In round brackets: lowest and highest run. ±: a 95 % interval over seeds (Student's
-t, not corrected for the number of comparisons); bold where it does not hold 0. This is a toy task with one base model
+t, not corrected for the number of comparisons); bold where it excludes 0. This is a toy task with one base model
 per world: no interval covers another task or base model.
 """
 
@@ -47,7 +47,7 @@ ABLATIONS = {"random, no flip": ["--flip", "none"], "initial, sign": ["--referen
 METHODS = {name: ["--method", name] for name in ("seppo", "sspo", "spin", "sft", "ditto", "dpo")} | ABLATIONS
 MODES = ("independent draw", "8 draws", "coin", "batch's mean", "previous mean", "oracle")  # see Anchored
 FORMS = {f"{mode}, {flip}": ["--flip", flip] for mode in MODES for flip in ("sign", "indicator")} | {"half": []}
-OWN = ("seppo", "sspo", "random, no flip")  # the same with the own draw: sign, indicator, and without a sign
+OWN = ("seppo", "sspo", "random, no flip")  # the same with the loss's own draw: sign, indicator, no sign
 LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4), (5, 250, 2000)  # logits of about 0.01, 0.3 and 2
 GRID_SEEDS, FORM_SEEDS, FRESH_SEEDS = (0, 1), range(4), range(10, 18)
 CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 250)]  # where the forms of the sign are compared
@@ -57,7 +57,7 @@ CELLS += [("near", 1e-4, 5), ("near", 3e-4, 5), ("near", 3e-5, 5)]
 
 mean, PROMPTS = statistics.fmean, seppo.CAPTIONS * 30
 load_net = lambda folder: seppo.load_unet(folder, "UNet2DConditionModel")
-unit_vectors = lambda x: F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True))  # products: correlations
+unit_vectors = lambda x: F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True))  # u @ v is a correlation
 
 
 @functools.cache
@@ -74,8 +74,8 @@ def shape_accuracy(pixels, captions):
 
 
 def energy_distance(x, y):
-    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (N, d) and (M, d): about 0 if they are of one distribution."""
-    distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # the other mode rounds
+    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (N, d) and (M, d): about 0 if both have the same distribution."""
+    distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # the default is inexact
     within = lambda z: distance(z, z).sum() / (len(z) * (len(z) - 1))
     return (2 * distance(x, y).mean() - within(x) - within(y)).item()
 
@@ -108,22 +108,22 @@ def measure_net(folder):
 
 @torch.no_grad()
 def anchor_truth(run, rule, seed, n=256, many=16):
-    """What the sign -1 is worth where the truth is known: rates over n winners and `many` draws of (t, eps), as means
+    """How well the sign -1 finds the better x^r: rates over n winners and `many` draws of (t, eps), as means
     over the pairs of the run's checkpoints that the rule allows. better: x^r scores above the policy's picture of the
-    same noise. minus: the sign is -1. gain: how much more often than on average x^r is better where it is -1.
+    same noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, minus the rate over all.
     gain_many: the same for the mean error of all draws. agrees: mean error and mean score prefer the same model."""
     captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
-    chance = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
-    context, start, found = codec.encode_text(captions), chance[0][-1], []
+    draws = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
+    context, start, found = codec.encode_text(captions), draws[0][-1], []
     for step in sorted(int(folder.name[11:]) for folder in run.glob("checkpoint-*")):
         unet = load_net(run / f"checkpoint-{step}")
-        drawn = [seppo.denoising_error(unet, codec.scheduler, x, eps, t, context) for t, _, eps, *_ in chance]
-        errors.append(torch.stack(drawn))  # (many, n)
+        by_draw = [seppo.denoising_error(unet, codec.scheduler, x, eps, t, context) for t, _, eps, *_ in draws]
+        errors.append(torch.stack(by_draw))  # (many, n)
         scores.append(seppo.mini_score(mini_pictures(unet, captions, start), captions))  # (n,)
     for r, p in itertools.combinations(range(len(scores)), 2):  # reference and policy
         minus, better = errors[r] < errors[p], scores[r] > scores[p]
-        gain = lambda said: (said & better).sum() / said.sum() - better.float().mean()  # nan: it is never said
+        gain = lambda mask: (mask & better).sum() / mask.sum() - better.float().mean()  # nan: the mask is empty
         agrees = (errors[r].mean() < errors[p].mean()) == (scores[r].mean() > scores[p].mean())
         rates = dict(better=better.float().mean(), minus=minus.float().mean(), gain=gain(minus), agrees=agrees.float())
         rates["gain_many"] = gain(errors[r].mean(0) < errors[p].mean(0))
@@ -135,7 +135,7 @@ def anchor_truth(run, rule, seed, n=256, many=16):
 
 
 class Anchored(seppo.Trainer):
-    """A trainer whose anchor criterion knows something else than the loss's own draw of (t, eps)."""
+    """A trainer whose anchor criterion uses something other than the loss's own draw of (t, eps)."""
 
     def __init__(self, mode, *args):
         super().__init__(*args)
@@ -153,13 +153,13 @@ class Anchored(seppo.Trainer):
         elif self.mode in ("independent draw", "8 draws"):
             drawn = lambda: dict(t=torch.randint(1000, (n,), generator=g), eps=torch.randn(noise_r.shape, generator=g))
             sign = sum(self.advantage(**batch | drawn()) for _ in range(8 if self.mode == "8 draws" else 1)).sign()
-        elif self.mode == "coin":  # as often -1 as the own draw in this update, but in random rows
+        elif self.mode == "coin":  # the loss's own signs of this update, in random order
             sign = own.sign()[torch.randperm(n, generator=g)]
         elif self.mode == "batch's mean":
             sign = own.mean().sign().expand(n)
         elif self.mode == "previous mean":  # 0 in the first update after the reference changed
-            reference, mean = self.last
-            sign = mean.sign().expand(n) if reference == self.reference_index else torch.zeros(n)
+            index, previous = self.last
+            sign = previous.sign().expand(n) if index == self.reference_index else torch.zeros(n)
             self.last = self.reference_index, own.mean()
         elif self.mode == "oracle":  # -1 where x^r scores above the policy's picture from the same noise
             pictures = (mini_pictures(net, texts, noise_r) for net in (self.policy, self.reference))
@@ -168,7 +168,7 @@ class Anchored(seppo.Trainer):
 
 
 def run_cell(world, variant, lr, beta, seed, truth=False):
-    """One run -> what is measured of it. truth: its sign is compared with the truth too."""
+    """One run -> its measures. truth: whether to add those of anchor_truth."""
     if variant == "base":
         return measure_net(BASES[world])
     if variant == "preferred":
@@ -220,7 +220,7 @@ def table(title, names, row, items):
 
 
 class Study(dict):
-    """{run: its line in study.jsonl}; a run is (world, variant, lr, beta, seed). digests: {world: its base}."""
+    """{run: its line in study.jsonl}; a run is (world, variant, lr, beta, seed). digests: {world: base's digest}."""
 
     def __init__(self, path, digests):
         self.path, self.digests = path, digests
@@ -232,7 +232,7 @@ class Study(dict):
                 self[tuple(line[name] for name in KEY)] = line
 
     def make(self, what, runs, truth=False):
-        """Makes what is missing of these runs, one per core at a time."""
+        """Makes the missing ones of these runs, one per core at a time."""
         missing = [run for run in runs if run not in self]
         print(f"{what}: {len(missing)} of {len(runs)} runs to make, on {os.cpu_count()} cores")
         pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
@@ -252,7 +252,7 @@ class Study(dict):
     def read(self, runs, name="score"):
         return [self[run][name] for run in runs]
 
-    def mean(self, runs):  # before all are made it is the lowest
+    def mean(self, runs):  # -inf until all of them are made
         return mean(self.read(runs)) if {*runs} <= {*self} else float("-inf")
 
     def tried(self, variant, world):  # the runs from which the variant's cell is chosen
@@ -264,7 +264,7 @@ class Study(dict):
         tried, place = self.tried(variant, world), lambda lr, beta: (LR.index(lr), BETA.index(beta or BETA[0]))
         steps = lambda a, b: sum(abs(i - j) for i, j in zip(place(*a[2:4]), place(*b[2:4])))
         near = lambda a, most: [b for b in tried if steps(a, b) <= most]
-        outside = lambda a: 5 - len(near(a, 1)) // len(near(a, 0))  # neighbours that count like the cell itself
+        outside = lambda a: 5 - len(near(a, 1)) // len(near(a, 0))  # neighbours off the grid count as the cell itself
         return max(tried, key=lambda a: self.mean(near(a, 1) + near(a, 0) * outside(a)))[:4]
 
     def fresh(self, variant, world):  # the chosen cell on fresh seeds, fewer for ablations
@@ -272,13 +272,13 @@ class Study(dict):
             return [(world, variant, 0, 0, 0)]
         return seeded([self.choose(variant, world)], FRESH_SEEDS[: 4 if variant in ABLATIONS else 8])
 
-    def best_forms(self):  # two that could become a switch: the oracle looks at the score
+    def best_forms(self):  # the best two without the oracle, which needs the true score
         forms = [form for form in FORMS if "oracle" not in form]
         return sorted(forms, key=lambda form: -self.mean(flat(self.tried, [form])))[:2]
 
     def stages(self):
-        """(what, its runs, whether the sign is compared with the truth), what matters most first. Which runs a later
-        stage has depends on the earlier ones; how many, does not."""
+        """(what, its runs, whether to run anchor_truth), most important first. Which runs a later stage has depends on
+        the earlier ones, but their number does not."""
         by_seed = functools.partial(sorted, key=lambda run: run[-1])
         yield "base models and preferred pictures", flat(self.fresh, ["base", "preferred"])
         for what, methods in (("main", [*METHODS][:4]), ("other", [*METHODS][4:])):
@@ -291,19 +291,19 @@ class Study(dict):
     def untuned_row(self, variant, world):
         base, tried = self[world, "base", 0, 0, 0]["score"], self.tried(variant, world)
         gains, own = {"": [score - base for score in self.read(tried)]}, LR.index(self.choose(variant, world)[2])
-        gains["near: "] = [gain for run, gain in zip(tried, gains[""]) if abs(LR.index(run[2]) - own) <= 1]
-        for near, values in gains.items():
-            yield f"{near}mean gain", f"{mean(values):+.3f}"
-            yield f"{near}worst run", f"{min(values):+.3f}"
+        gains["close: "] = [gain for run, gain in zip(tried, gains[""]) if abs(LR.index(run[2]) - own) <= 1]
+        for close, values in gains.items():
+            yield f"{close}mean gain", f"{mean(values):+.3f}"
+            yield f"{close}worst run", f"{min(values):+.3f}"
         for steps, lr in zip(("one step of lr up", "two steps up"), LR[own + 1 :]):
             scores = (self.read(run for run in tried if run[2] == rate) for rate in (lr, LR[own]))
             yield steps, spread(minus(*scores))
         sft = mean(self.read(self.fresh("sft", world))) - base
-        for near, values in gains.items():
-            yield f"{near}above tuned sft", f"{mean(gain > sft for gain in values):.0%}"
+        for close, values in gains.items():
+            yield f"{close}above tuned sft", f"{mean(gain > sft for gain in values):.0%}"
         for other in ("sft", "seppo"):
             same = [(world, other, lr, beta if other != "sft" else 0, seed) for *_, lr, beta, seed in tried]
-            yield f"less {other}", spread(minus(self.read(tried), self.read(same)))
+            yield f"minus {other}", spread(minus(self.read(tried), self.read(same)))
 
     def tuned_row(self, variant, world):
         runs = self.fresh(variant, world)
@@ -335,7 +335,7 @@ class Study(dict):
         text.append(table("Without tuning: every run of the grid", names, self.untuned_row, rows(*METHODS)))
         text.append(table("Tuned, on fresh seeds", names, self.tuned_row, rows("base", "preferred") + tuned))
         text.append(table("Tuned, less another method", names, self.difference_row, tuned))
-        text.append(table("What the sign knows", ("sign",), self.form_row, [(form,) for form in (*OWN, *FORMS)]))
+        text.append(table("Forms of the sign", ("sign",), self.form_row, [(form,) for form in (*OWN, *FORMS)]))
         return "\n".join([*text, __doc__.split("\n\n")[-1]])
 
 
