@@ -9,9 +9,8 @@ decides for each sample whether to push away from it or to learn from it too.
     python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your own images
     python seppo.py --model DIR_OR_ID --motion-adapter DIR_OR_ID --data CLIPS  # text-to-video
 
-Run the same command again to resume. Sections 1 to 4 are the paper, sections 5 to 8 are what it takes to run it. Left
-out on purpose: SDXL, weight averaging, trackers (metrics.jsonl has all numbers), the safety checker (training never
-leaves latent space).
+Run the same command again to resume. Sections 1 to 4 are the paper, sections 5 to 8 are what it takes to run it.
+Left out on purpose: SDXL, weight averaging, experiment trackers (metrics.jsonl has all numbers), the safety checker.
 """
 
 import argparse
@@ -138,8 +137,8 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
     sign: (B,) signs decided before, or None. Where it is 0, x_r is a placeholder (x_w) that keeps the batch shape; it
     enters neither the loss nor the statistics of pairs."""
     if reference is None:
-        m = denoising_error(policy, scheduler, x_w, eps, t, context)
-        return m.sum(), {"winners": torch.ones_like(m), "loss": m.detach(), "policy_w": m.detach()}
+        errors = denoising_error(policy, scheduler, x_w, eps, t, context)
+        return errors.sum(), {"winners": torch.ones_like(errors), "loss": errors.detach(), "policy_w": errors.detach()}
     x = torch.cat([x_w, x_r])  # (2 B, C, h, w): both in one batch
     eps, t, context = (torch.cat([v, v]) for v in (eps, t, context))
     policy_w, policy_r = denoising_error(policy, scheduler, x, eps, t, context).chunk(2)
@@ -157,8 +156,7 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
 
 
 # ---- 2. The sampler -------------------------------------------------------------------------------------------------
-# Reference samples stay latents (our choice; the paper does not say). A round trip through the VAE would cost 4.5
-# forward passes of the UNet (computed) and add the VAE's own error.
+# Reference samples stay latents (our choice; the paper does not say): decoding and encoding them would add errors.
 
 SOLVERS = {  # all deterministic; none clips latents; "trailing" spacing starts at the last timestep
     "dpm++": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", timestep_spacing="trailing")),
@@ -216,9 +214,9 @@ class Trainer:
             self.half_copy = copy.deepcopy(policy).half().requires_grad_(False)  # precise enough for generating
             # Autocast rounds frozen matrices anyway, so all nets share one fp16 copy. Saved weights stay in fp32.
             for net in filter(None, (self.reference, policy if o.part != "unet" else None)):
-                for mine, its in zip(net.modules(), self.half_copy.modules()):
-                    if type(mine) in (torch.nn.Linear, torch.nn.Conv2d) and not mine.weight.requires_grad:
-                        mine.weight, mine.bias = its.weight, its.bias
+                for own, copied in zip(net.modules(), self.half_copy.modules()):
+                    if type(own) in (torch.nn.Linear, torch.nn.Conv2d) and not own.weight.requires_grad:
+                        own.weight, own.bias = copied.weight, copied.bias
         # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
         net = self.half_copy or self.reference
         self.sampling_net = torch.compile(net) if o.compile else net
@@ -264,16 +262,16 @@ class Trainer:
         o, nets, context = self.o, (self.policy, self.reference), self.empty.expand(self.o.micro_batch, -1, -1)
         t, _, eps, x_w, x_r = (v.to(o.device) for v in draws("check", range(o.micro_batch), self.shape, 1000, 0))
         with self.autocast():  # noise stands in for latents
-            _, m = batch_loss(*nets, self.codec.scheduler, x_w, eps, t, context, x_r)
-        gaps = torch.cat([m["policy_w"] - m["reference_w"], m["policy_r"] - m["reference_r"]])
+            _, errors = batch_loss(*nets, self.codec.scheduler, x_w, eps, t, context, x_r)
+        gaps = torch.cat([errors[f"policy_{x}"] - errors[f"reference_{x}"] for x in "wr"])
         logit = 0.5 * o.beta * gaps.abs().max().item()
         print(f"Self-check: at equal weights, policy and reference differ by {logit:.2g} of a logit.")
         need(logit < 0.3, f"self-check: the gap is {logit:.2g} of a logit, so signs would be noise: try --dtype fp32")
 
     @torch.no_grad()
     def anchor_sign(self, batch, texts, noise_r):
-        """(B,) signs decided before x^r is generated (--flip indicator): 1 (x^r loses) or 0 (x^r is not needed). None:
-        the loss decides. assets/study.py overrides this; its rules also use `texts` and `noise_r`."""
+        """(B,) signs decided before x^r is generated: 1 (x^r loses), 0 (no x^r is needed). None: the loss decides.
+        assets/study.py overrides this method; its rules also use `texts` and `noise_r`."""
         if self.o.flip != "indicator":
             return None
         signs, nets = [], (self.policy, self.reference)
@@ -289,7 +287,7 @@ class Trainer:
         with self.autocast(enabled=o.dtype == "fp16" and net is not self.sampling_net):
             return torch.cat([sample(net, self.codec.scheduler, *batch, *rest) for batch in batches])
 
-    def draw(self, captions):  # -> (n, 3, [F,] R, R) images of the policy, always from the same noise
+    def sample_images(self, captions):  # -> (n, 3, [F,] R, R) images of the policy, always from the same noise
         *_, noise = draws("samples", range(len(captions)), self.shape, 1, 0)
         latents = self.generate(self.policy, noise.to(self.o.device), self.codec.encode_text(captions))
         return self.codec.decode(latents).cpu()
@@ -300,8 +298,8 @@ class Trainer:
         self.sums["skipped_rows"] += torch.tensor(float(sum(replaced)), device=o.device)
         if self.overflow:
             return
-        drawn = draws(o.seed, positions, self.shape, codec.scheduler.config.num_train_timesteps, o.caption_dropout)
-        t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in drawn)  # noise_w: the VAE's; noise_r: x^r's start
+        chance = draws(o.seed, positions, self.shape, codec.scheduler.config.num_train_timesteps, o.caption_dropout)
+        t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in chance)  # noise_r: where x^r starts
         captions = codec.encode_text(texts)  # (B, tokens, width)
         context = torch.where(dropped[:, None, None], self.empty, captions)  # the same in all four errors
         x_w = codec.encode(torch.stack(winners).to(o.device), noise_w)  # (B, C, h, w)
@@ -339,8 +337,8 @@ class Trainer:
         means = {name: sums[name] / sums["winners"] for name in OF_WINNERS if name in sums}
         means |= {name: sums[name] / sums["pairs"] for name in OF_PAIRS if sums.get("pairs")}
         warmup = max(1, round(WARMUP * o.steps))
-        falls = (o.steps - update) / max(1, o.steps - warmup) if o.lr_schedule == "linear" else 1.0
-        lr = self.optimizer.param_groups[0]["lr"] = o.lr * min(1.0, (update + 1) / warmup, falls)
+        decay = (o.steps - update) / max(1, o.steps - warmup) if o.lr_schedule == "linear" else 1.0
+        lr = self.optimizer.param_groups[0]["lr"] = o.lr * min(1.0, (update + 1) / warmup, decay)
         progress["skipped_rows"] += int(sums["skipped_rows"])
         if math.isfinite(norm):
             self.optimizer.step()
@@ -370,7 +368,7 @@ def train(o, kind=Trainer):
     if trainer.reference:
         trainer.check_numeric_path()
     captions = CAPTIONS * 10 if o.model in MINI else [data[i][1] for i in range(4 if o.rank == 0 else 0)]
-    base = trainer.draw(captions) if o.rank == 0 else None  # what the policy draws before it is trained
+    base = trainer.sample_images(captions) if o.rank == 0 else None  # images of the policy before it is trained
     done = resume(o, trainer)
     if 0 < done < o.steps:
         print(f"Resuming after update {done} of {o.steps}.")
@@ -393,14 +391,13 @@ def train(o, kind=Trainer):
                 bar.update(n * o.world)
                 if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
                     bar.initial, bar.start_t = bar.n, time.time()
-                    bar.last_print_t = bar.start_t  # otherwise a bar that ends now lacks its newline
-            m, seconds = trainer.step(update), time.perf_counter() - start
+            entry, seconds = trainer.step(update), time.perf_counter() - start
             peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
-            m |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
+            entry |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
             if o.rank == 0:
                 with explained(f"{log} cannot be written", ROOM), open(log, "a") as file:
-                    print(json.dumps(m), file=file)
-            bar.set_postfix({name: f"{m[name]:.3g}" for name in SHOWN if m[name] is not None}, refresh=False)
+                    print(json.dumps(entry), file=file)
+            bar.set_postfix({name: f"{entry[name]:.3g}" for name in SHOWN if entry[name] is not None}, refresh=False)
             interval_ends = (update + 1) % o.save_every == 0 or update + 1 == o.steps
             if interval_ends or time.monotonic() - saved > SAVE_SECONDS:
                 save(o, trainer, captions, base, update + 1, interval_ends)
@@ -410,7 +407,7 @@ def train(o, kind=Trainer):
     need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {CALMER}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model and the policy.")
     if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else the weights are the base's
-        before, after = (mini_score(pixels, captions) for pixels in (base, trainer.draw(captions)))
+        before, after = (mini_score(pixels, captions) for pixels in (base, trainer.sample_images(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
         print("Next: python eval.py measures it; README.md says how to train on your own images.")
@@ -508,20 +505,20 @@ class Winners:
 
     def __getitem__(self, position):
         """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were skipped."""
-        chance, wanted = random.Random(key(self.o.seed, "flip", position)), position
-        flip, start = chance.random() < 0.5, chance.random()
+        rng, place = random.Random(key(self.o.seed, "flip", position)), position
+        mirror, start = rng.random() < 0.5, rng.random()
         for attempt in range(1, 101):
-            caption, winner, loser = row = self.row(wanted)
+            caption, winner, loser = row = self.row(place)
             try:
                 need(isinstance(caption, str) and caption.strip(), "no caption")
                 caption.encode()  # fails on lone surrogates here rather than somewhere in the tokenizer
-                winner = to_pixels(winner, self.o, flip, start)
-                loser = to_pixels(loser, self.o, flip, start) if self.o.loser == "data" else None
+                winner = to_pixels(winner, self.o, mirror, start)
+                loser = to_pixels(loser, self.o, mirror, start) if self.o.loser == "data" else None
                 return position, caption, winner, loser, attempt - 1
             except (UserError, ValueError) as error:
                 name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
                 self.unusable[reason := f"{name}: {str(error)[:200]}"] = True
-            wanted = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
+            place = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
         raise UserError(f"--data {self.source}: 100 consecutive rows were unusable, the last: {reason}")
 
     def fetch(self, positions, ahead):
@@ -547,7 +544,7 @@ FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
 
 
-def to_pixels(picture, o, flip=False, start=0.0):
+def to_pixels(picture, o, mirror=False, start=0.0):
     """Bytes or a path -> (3, R, R) in [-1, 1], a video (3, F, R, R). Tensors pass through. ValueError otherwise."""
     if not isinstance(picture, torch.Tensor):
         try:
@@ -561,7 +558,7 @@ def to_pixels(picture, o, flip=False, start=0.0):
         values = torch.frombuffer(bytearray().join(frame.tobytes() for frame in fitted), dtype=torch.uint8)
         picture = values.view(-1, o.resolution, o.resolution, 3).permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, R, R)
         picture = picture if o.frames else picture[:, 0]
-    return picture.flip(-1) if flip else picture
+    return picture.flip(-1) if mirror else picture
 
 
 def read_picture(picture):
@@ -589,12 +586,12 @@ def read_clip(path, frames, start, stride=4):  # AnimateDiff's stride
         n = sum(packet.size > 0 and not packet.is_discard for packet in film.demux(video=0))
     length = min(n, (frames - 1) * stride + 1)
     first = int(start * (n - length + 1))
-    wanted = [first + i * (length - 1) // (frames - 1) for i in range(frames)]
+    indices = [first + i * (length - 1) // (frames - 1) for i in range(frames)]
     with opened() as film:
-        for i, frame in enumerate(itertools.islice(film.decode(video=0), wanted[-1] + 1)):
-            if i in wanted:
-                image, m = frame.to_image(), bytes(frame.side_data.get("DISPLAYMATRIX", bytes(36)))
-                a, b, _, c, d, *_ = memoryview(m).cast("i")  # how it is shown; a determinant below 0 mirrors it
+        for i, frame in enumerate(itertools.islice(film.decode(video=0), indices[-1] + 1)):
+            if i in indices:
+                image, matrix = frame.to_image(), bytes(frame.side_data.get("DISPLAYMATRIX", bytes(36)))
+                a, b, _, c, d, *_ = memoryview(matrix).cast("i")  # how it is shown; a determinant below 0 mirrors it
                 yield (ImageOps.flip(image) if a * d < b * c else image).rotate(frame.rotation, expand=True)
 
 
@@ -614,9 +611,9 @@ def open_data(o):
         if rows:
             return Winners(o, o.data, [(len(rows), lambda: rows)])
     need(not o.frames, f"--data {o.data} is not a folder of captioned clips; --motion-adapter needs one")
-    then = recorded(o)
-    source = then.get("source", "")  # hub id and revision of the first start, kept on resume
-    same = o.data in (then.get("data"), source.partition("@")[0])
+    old = recorded(o)
+    source = old.get("source", "")  # hub id and revision of the first start, kept on resume
+    same = o.data in (old.get("data"), source.partition("@")[0])
     return Winners(o, *parquet_groups(source if same else o.data))
 
 
@@ -661,10 +658,10 @@ def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line
     used = {file.with_suffix("") for _, file, _ in rows}  # 0.txt and 0.json beside 0.jpg count as used
     lost = [file for _, file in named if file.with_suffix("") not in used]
     lost += [file for file in files if file.suffix.lower() in endings and file.with_suffix("") not in used]
-    said = f"--data {folder}: {len(lost)} files have no caption or no picture: {', '.join(map(str, lost[:3]))}"
-    need(rows or not (tables and lost), said)
+    message = f"--data {folder}: {len(lost)} files have no caption or no picture: {', '.join(map(str, lost[:3]))}"
+    need(rows or not (tables and lost), message)
     if lost:
-        print(said)
+        print(message)
     return rows
 
 
@@ -792,16 +789,13 @@ def load_unet(name, *kinds, fuse=None):
 def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffusion or Miniature)
     codec = Miniature(o.device) if o.model in MINI else StableDiffusion(o)
     where = o.unet or (str(MINI_BASE) if o.model == "mini" else o.model)
-    train_it = "python seppo.py --model mini-untrained, then add --unet runs/mini-untrained-sft"
-    need(where != str(MINI_BASE) or MINI_BASE.is_dir(), f"{MINI_BASE} is missing: copy it, or train it by {train_it}")
+    need(where != str(MINI_BASE) or MINI_BASE.is_dir(), f"{MINI_BASE} is missing: copy it from the repository")
     kinds = ["UNet2DConditionModel", *["UNetMotionModel"] * bool(o.motion_adapter and o.unet)]
     with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
     levels = codec.scheduler.config
     need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} predicts {levels.prediction_type}")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm cannot start at pure noise: use ddim")
-    if not o.frames and (made := codec.factor * (policy.config.sample_size or 0)) not in (0, o.resolution):
-        print(f"{where} was made at {made} pixels, --resolution is {o.resolution}")
     if o.motion_adapter:
         need(policy.mid_block, f"--motion-adapter: the UNet of {where} has no middle block, which an adapter needs")
         if not isinstance(policy, UNetMotionModel):
@@ -838,9 +832,8 @@ def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in pla
 
 
 # ---- 7. The toy task ------------------------------------------------------------------------------------------------
-# The toy task is text-to-image on two CPU cores, with the same code as Stable Diffusion. Its 16 x 16 pictures show
-# captioned shapes with random amounts of four flaws: off-centre, too pale or too strong, blurred, small. The base
-# model was trained on unselected pictures. Simulated users prefer the best of 16 pictures by `mini_score`.
+# Text-to-image on a CPU, with the same code as Stable Diffusion. The 16 x 16 images show captioned shapes with four
+# flaws: off-centre, too pale or too strong, blurred, small. Simulated users prefer the best of 16 by `mini_score`.
 
 COLOURS = {"red": (1, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.8, -0.6, 1), "yellow": (1, 0.9, -0.8)}
 SHAPES = {
@@ -893,8 +886,8 @@ class Miniature:  # takes the place of StableDiffusion: latents are rearranged p
 
     def __init__(self, device):
         self.device = device
-        chance = {word: torch.Generator().manual_seed(key(word)) for word in ("", "a", *COLOURS, *SHAPES)}
-        self.words = {word: torch.randn(self.width, generator=g) for word, g in chance.items()}
+        generators = {word: torch.Generator().manual_seed(key(word)) for word in ("", "a", *COLOURS, *SHAPES)}
+        self.words = {word: torch.randn(self.width, generator=g) for word, g in generators.items()}
         levels = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True)
         self.scheduler = DDPMScheduler(prediction_type="v_prediction", **levels)  # eps needs a larger net
 
@@ -989,7 +982,7 @@ def save(o, trainer, captions, base, update, interval_ends=True):
     """Sample images (step-N.png: base model and policy, at every N from the same noise; anchor-N.png: the last pairs),
     then the pool's next checkpoint, then the state: so a kill may repeat work but loses none."""
     if o.rank == 0 and interval_ends:
-        rows = {"base model": base} | ({f"update {update}": trainer.draw(captions)} if update else {})
+        rows = {"base model": base} | ({f"update {update}": trainer.sample_images(captions)} if update else {})
         if o.model in MINI:
             rows["ideal"] = draw_mini(captions, torch.zeros(len(captions), 5))
             rows = {f"{k}\nscore {mini_score(pixels, captions).mean():.2f}": pixels for k, pixels in rows.items()}
@@ -1043,17 +1036,17 @@ def draw_rows(file, captions, rows, signs=()):
         height, width = (max(1, 64 // pixels.shape[2]) * size for size in pixels.shape[1:3])
         at = lambda x, y: (120 + (width + 2) * x, 40 + (height + 2) * y)  # the top left corner of an image
         sheet = sheet or Image.new("RGB", at(len(captions), len(rows)), "white")
-        draw = ImageDraw.Draw(sheet)
-        draw.multiline_text((4, at(0, y + 0.5)[1]), label, "black", font, "lm")
+        pen = ImageDraw.Draw(sheet)
+        pen.multiline_text((4, at(0, y + 0.5)[1]), label, "black", font, "lm")
         for x, (caption, tile) in enumerate(zip(captions, pixels)):
             text = "\n".join(textwrap.wrap(caption, width // 7, max_lines=2, placeholder=" ...")) if y == 0 else ""
-            draw.multiline_text((at(x + 0.5, 0)[0], 20), text, "black", font, "mm", align="center")
+            pen.multiline_text((at(x + 0.5, 0)[0], 20), text, "black", font, "mm", align="center")
             sheet.paste(Image.fromarray(tile.numpy()).resize((width, height), Image.NEAREST), at(x, y))
     for x, sign in enumerate(map(int, signs)):
         (left, top), colour = at(x, y), ("silver", "red", "lime")[sign]
         box = (left, top, left + width - 1, top + height - 1)
-        draw.rectangle(box, None if sign else "grey", colour, width=4)
-        draw.text((left + 7, top + 5), f"{sign:+d}", colour, font, stroke_width=2, stroke_fill="black")
+        pen.rectangle(box, None if sign else "grey", colour, width=4)
+        pen.text((left + 7, top + 5), f"{sign:+d}", colour, font, stroke_width=2, stroke_fill="black")
     with whole(file) as temporary:
         sheet.save(temporary, "PNG")
 
@@ -1126,8 +1119,8 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--compile", action="store_true", help="compile the net that generates (speed-up not measured)")
     add("--device", help="cpu, cuda or cuda:1 [auto]")
     add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision of errors [fp16 on a GPU]")
-    given, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**MINI.get(given.model, CLIPS if given.motion_adapter else {}))
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**MINI.get(known.model, CLIPS if known.motion_adapter else {}))
     o = parser.parse_args(argv)
     o.given = {name: value for name, value in vars(o).items() if value != parser.get_default(name)}
     for name, preset in METHODS[o.method].items():
@@ -1162,10 +1155,10 @@ def join_devices(o):  # sets device, rank and world (from torchrun, or a single 
     fits = all(map(str.isdigit, places)) and (places[1] == "1" or {"RANK", "MASTER_ADDR"} <= {*os.environ})
     need(fits, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR are not as torchrun sets them: use torchrun, or unset them")
     o.rank, o.world, local = map(int, places)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for warning in said:  # such as an old driver: otherwise the run would silently use the CPU
+    for warning in caught:  # such as an old driver: otherwise the run would silently use the CPU
         print(f"torch finds no usable GPU: {' '.join(str(warning.message).split())}")
     name = o.device or ("cuda" if gpus else "cpu")
     need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:1")
@@ -1210,17 +1203,17 @@ def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
         library.logging.set_verbosity(50)  # critical: errors are printed once, below
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    speaks = re.fullmatch("0*", os.environ.get("RANK", "0"))
-    sys.stdout = sys.stdout if speaks else open(os.devnull, "w")
+    prints = re.fullmatch("0*", os.environ.get("RANK", "0"))
+    sys.stdout = sys.stdout if prints else open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the console lacks
-    said = {KeyboardInterrupt: "interrupted; run the same command again to continue"}
-    said |= {torch.OutOfMemoryError: f"out of GPU memory: try, in this order, {less}"}
+    messages = {KeyboardInterrupt: "interrupted; run the same command again to continue"}
+    messages |= {torch.OutOfMemoryError: f"out of GPU memory: try, in this order, {less}"}
     try:
         return work(argv) or 0
-    except (UserError, *said) as error:
-        message, code = said.get(type(error), str(error)), 130 if isinstance(error, KeyboardInterrupt) else 2
-    if speaks or dist.is_initialized():  # an error that all processes find is printed once
+    except (UserError, *messages) as error:
+        message, code = messages.get(type(error), str(error)), 130 if isinstance(error, KeyboardInterrupt) else 2
+    if prints or dist.is_initialized():  # an error that all processes find is printed once
         print(f"{program}: {message}", file=sys.stderr)
     return code
 

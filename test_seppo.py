@@ -836,7 +836,7 @@ def test_clips(clips):
         assert chosen(name, 4) == [0, 2, 5, 8], f"{name}: spread over 9 frames, too few for a stride of 4"
     assert chosen("gif.gif", 2) == [0, 4] and chosen("gif.gif", 2, 0.999) == [4, 8]
     film, data = seppo.to_pixels(clips / "film.mp4", o(4)), (clips / "film.mp4").read_bytes()
-    assert torch.equal(seppo.to_pixels(clips / "film.mp4", o(4), flip=True), film.flip(-1))
+    assert torch.equal(seppo.to_pixels(clips / "film.mp4", o(4), mirror=True), film.flip(-1))
     turned = {(1, 0, 0, 0, -1): film.flip(-2), (0, 1, 0, 1, 0): film.mT, (-1, 0, 0, 0, 1): film.flip(-1)}
     for matrix, shown in (turned | {(0, 1, 0, -1, 0): film.mT.flip(-1)}).items():  # as players show it
         at, values = data.find(b"tkhd") + 44, b"".join((v << 16).to_bytes(4, "big", signed=True) for v in matrix)
@@ -968,7 +968,7 @@ def test_the_toy_task_starts_from_the_shipped_base(monkeypatch, capsys):
     for runs in ("mini-seppo-lora-rank-2", "mini-seppo"):
         assert evaluation.main(f"--device cpu --max-prompts 4 --out {runs} --unet runs/{runs}".split()) == 0
     monkeypatch.setattr(seppo, "MINI_BASE", Path("elsewhere"))
-    assert seppo.main([]) == 2 and "seppo.py --model mini-untrained" in capsys.readouterr().err
+    assert seppo.main([]) == 2 and "copy it from the repository" in capsys.readouterr().err
     monkeypatch.setitem(seppo.MINI, "mini-untrained", seppo.MINI["mini-untrained"] | dict(steps=12, batch_size=8))
     assert seppo.main(["--model", "mini-untrained", "--device", "cpu", "--out", "new"]) == 0
     rates = [2e-3 * min((u + 1) / 3, (12 - u) / 9) for u in range(12)]
