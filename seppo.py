@@ -53,8 +53,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 # ---- 1. The objective (the paper's section 3) -----------------------------------------------------------------------
-# Winner first, reference sample second, everywhere. m(x; net) is the mean squared error of a net's prediction of the
-# noise in x_t (denoising_error); one (t, eps) is shared by x^w and x^r, and by policy and reference.
+# The winner always comes first, the reference sample second. m(x; net) is the mean squared error of a net's prediction
+# of the noise in x_t (denoising_error). x^w and x^r share one (t, eps), and so do policy and reference.
 #
 #     s_w  = m(x^w; theta) - m(x^w; ref)                 winner, policy minus reference
 #     s_r  = m(x^r; theta) - m(x^r; ref)                 reference sample, policy minus reference
@@ -115,7 +115,7 @@ METHODS = {  # one loss, six methods: where x^r comes from, which checkpoint is 
 
 
 def predict(unet, x_t, t, context):
-    """The net's prediction for x_t, in fp32. A clip's frames share one caption, which diffusers wants repeated."""
+    """The net's prediction for x_t, in fp32. A clip has one caption; diffusers expects one per frame."""
     if x_t.ndim == 5:
         context = context.repeat_interleave(x_t.shape[2], dim=0)
     return unet(x_t, t, encoder_hidden_states=context).sample.float()
@@ -134,8 +134,8 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
     """The summed loss of B pairs, to call backward on, and {statistic: (B,) values}.
     x_w, x_r: (B, C, h, w) latents of winners and reference samples (dpo: losers). eps, t, context: as above, shared.
     reference None: SFT, whose loss is the winner's error itself.
-    sign: (B,) signs decided before, or None. Where it is 0, x_r is a placeholder (x_w) that keeps the batch shape; it
-    enters neither the loss nor the statistics of pairs."""
+    sign: (B,) signs decided beforehand, or None. Where it is 0, x_r is a placeholder (x_w) that keeps the batch shape
+    and enters neither the loss nor the statistics of pairs."""
     if reference is None:
         errors = denoising_error(policy, scheduler, x_w, eps, t, context)
         return errors.sum(), {"winners": torch.ones_like(errors), "loss": errors.detach(), "policy_w": errors.detach()}
@@ -197,7 +197,7 @@ WARMUP, MAX_NORM = 0.25, 1.0  # share of all updates in which the learning rate 
 ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # averaged over winners
 OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # averaged over winners that have an x^r
-CALMER = "use a lower --lr, or --dtype fp32, in a new --out"  # against gradients that are not finite
+CALMER = "use a lower --lr, or --dtype fp32, in a new --out"  # advice when gradients are not finite
 
 
 class Trainer:
@@ -217,9 +217,8 @@ class Trainer:
                 for own, copied in zip(net.modules(), self.half_copy.modules()):
                     if type(own) in (torch.nn.Linear, torch.nn.Conv2d) and not own.weight.requires_grad:
                         own.weight, own.bias = copied.weight, copied.bias
-        # Compiled graphs with and without gradients round differently: the error passes must not be compiled.
         net = self.half_copy or self.reference
-        self.sampling_net = torch.compile(net) if o.compile else net
+        self.sampling_net = torch.compile(net) if o.compile else net  # error passes are never compiled (rounding)
         if o.gradient_checkpointing:  # after copying, or the copies would call this net's methods
             policy.enable_gradient_checkpointing()
             checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -269,9 +268,8 @@ class Trainer:
         need(logit < 0.3, f"self-check: the gap is {logit:.2g} of a logit, so signs would be noise: try --dtype fp32")
 
     @torch.no_grad()
-    def anchor_sign(self, batch, texts, noise_r):
-        """(B,) signs decided before x^r is generated: 1 (x^r loses), 0 (no x^r is needed). None: the loss decides.
-        assets/study.py overrides this method; its rules also use `texts` and `noise_r`."""
+    def anchor_sign(self, batch, texts, noise_r):  # assets/study.py overrides it; its rules use texts and noise_r too
+        """(B,) signs decided before x^r is generated: 1 (x^r loses), 0 (no x^r is needed). None: the loss decides."""
         if self.o.flip != "indicator":
             return None
         signs, nets = [], (self.policy, self.reference)
@@ -415,7 +413,7 @@ def train(o, kind=Trainer):
 
 
 # ---- 5. The data ----------------------------------------------------------------------------------------------------
-# Position n of the run always gets the same row, crop and noise, whatever the micro-batch, devices and resumes.
+# Position n of the run gets the same row, crop and noise with any micro-batch, any devices, and after resuming.
 
 
 class UserError(Exception):
@@ -463,9 +461,9 @@ def draws(seed, positions, shape, timesteps, dropout):
 
 
 class Winners:
-    """The rows by position. Each epoch shuffles the groups and the rows inside them. groups: [(n, read)], where read()
-    returns n rows (caption, winner, loser or None), or None for a tie. An image is bytes, a path, pixels, or the
-    reason why there is none. pauses: the seconds after which a group that could not be read is tried again."""
+    """The rows, by position in the run. Each epoch shuffles the groups and the rows inside them. groups: [(n, read)],
+    where read() returns n rows (caption, winner, loser or None), or None for a tie. An image is bytes, a path, pixels,
+    or the reason why there is none. pauses: the seconds after which an unreadable group is tried again."""
 
     def __init__(self, o, source, groups, pauses=()):
         self.o, self.source, self.groups, self.total, self.unusable = o, source, [], 0, {}
@@ -545,7 +543,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4
 
 
 def to_pixels(picture, o, mirror=False, start=0.0):
-    """Bytes or a path -> (3, R, R) in [-1, 1], a video (3, F, R, R). Tensors pass through. ValueError otherwise."""
+    """Bytes or a path -> (3, R, R) in [-1, 1]; a video -> (3, F, R, R). Tensors pass through. ValueError otherwise."""
     if not isinstance(picture, torch.Tensor):
         try:
             need(not isinstance(picture, str), picture)  # text says why there is no picture
@@ -794,7 +792,7 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
     with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
     levels = codec.scheduler.config
-    need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} predicts {levels.prediction_type}")
+    need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} must predict epsilon or v")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm cannot start at pure noise: use ddim")
     if o.motion_adapter:
         need(policy.mid_block, f"--motion-adapter: the UNet of {where} has no middle block, which an adapter needs")
@@ -802,7 +800,7 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
             with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID, Exception):
                 policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, "MotionAdapter"))
         codec.scheduler = DDPMScheduler.from_config(levels, **ANIMATEDIFF)
-        need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames}: above this adapter's limit")
+        need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames} exceeds this adapter's limit")
         if o.train == "motion":
             policy.freeze_unet2d_params()
     if o.lora_rank:  # only attention adapters train; alpha = rank, as loaders assume
@@ -1097,7 +1095,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--unet", type=spelled, help="start from this UNet instead of the model's own: a folder, a run, or a hub id")
     add("--motion-adapter", type=spelled, help="a folder or hub id: makes --model a text-to-video model")
     add("--frames", "--num_frames", type=int, help="frames per clip [16]")
-    add("--train", choices=("motion", "all"), help="which weights of a text-to-video model learn [motion]")
+    add("--train", choices=("motion", "all"), help="which weights of a text-to-video model to train [motion]")
     add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: none")
     add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, a folder, a file, or a hub id")
     add("--max-winners", "--max_train_samples", type=int, help="use only the first N rows of the data")
@@ -1138,16 +1136,16 @@ def complete(o):  # derives options and refuses wrong combinations
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank", "lora_rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-    need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: make a pipeline with that UNet")
+    need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: save a pipeline with that UNet")
     need(o.sampler_steps < 1000, f"--sampler-steps must be below 1000, got {o.sampler_steps}")
-    need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout: from 0 to 1; --lora-rank: 0 or more")
+    need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout is from 0 to 1, --lora-rank 0 or more")
     mini = o.model in MINI
     need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: add --model or --data")
-    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution: a multiple of 64 (toy task: 16)")
+    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution is a multiple of 64 (toy task: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
     o.micro_batch = min(o.micro_batch or 64, max(1, o.batch_size // o.world)) if mini else o.micro_batch
-    need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--batch-size: a multiple of --micro-batch x devices")
+    need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--batch-size is a multiple of --micro-batch x devices")
 
 
 def join_devices(o):  # sets device, rank and world (from torchrun, or a single process) and dtype
