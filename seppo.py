@@ -279,8 +279,8 @@ class Trainer:
             signs.append(anchor_criterion(*errors).clamp(min=0))
         return torch.cat(signs)
 
-    def generate(self, net, noise, captions):  # -> the net's samples, as clean latents
-        o, batches = self.o, zip(*(v.split(self.o.generate_batch) for v in (noise, captions)))
+    def generate(self, net, noise, encoded):  # encoded captions -> the net's samples, as clean latents
+        o, batches = self.o, zip(*(v.split(self.o.generate_batch) for v in (noise, encoded)))
         rest = self.empty, o.solver, o.sampler_steps, o.guidance
         with self.autocast(enabled=o.dtype == "fp16" and net is not self.sampling_net):
             return torch.cat([sample(net, self.codec.scheduler, *batch, *rest) for batch in batches])
@@ -298,8 +298,8 @@ class Trainer:
             return
         chance = draws(o.seed, positions, self.shape, codec.scheduler.config.num_train_timesteps, o.caption_dropout)
         t, dropped, eps, noise_w, noise_r = (v.to(o.device) for v in chance)  # noise_r: where x^r starts
-        captions = codec.encode_text(texts)  # (B, tokens, width)
-        context = torch.where(dropped[:, None, None], self.empty, captions)  # the same in all four errors
+        encoded = codec.encode_text(texts)  # (B, tokens, width)
+        context = torch.where(dropped[:, None, None], self.empty, encoded)  # the same in all four errors
         x_w = codec.encode(torch.stack(winners).to(o.device), noise_w)  # (B, C, h, w)
         batch = {"x_w": x_w, "eps": eps, "t": t, "context": context}
         if o.loser == "data":
@@ -310,7 +310,7 @@ class Trainer:
             i = batch.get("sign", torch.ones_like(t)).nonzero()[:, 0]  # 0: no x^r is needed
             batch["x_r"] = x_w.clone()
             if len(i):
-                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], captions[i])  # with the true captions
+                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], encoded[i])  # with the true captions
         for first in range(0, len(t), o.micro_batch):
             some = slice(first, first + o.micro_batch)
             micro = {name: value[some] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
@@ -388,7 +388,7 @@ def train(o, kind=Trainer):
                 trainer.gradient([next(rows) for _ in range(n)])
                 bar.update(n * o.world)
                 if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
-                    bar.initial, bar.start_t = bar.n, time.time()
+                    bar.initial, bar.start_t = bar.n, bar.last_print_t
             entry, seconds = trainer.step(update), time.perf_counter() - start
             peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
             entry |= {"seconds": seconds, "winners_per_second": o.batch_size / seconds, "peak_gb": peak}
@@ -986,11 +986,11 @@ def save(o, trainer, captions, base, update, interval_ends=True):
             rows = {f"{k}\nscore {mini_score(pixels, captions).mean():.2f}": pixels for k, pixels in rows.items()}
         draw_rows(o.out / "samples" / f"step-{update}.png", captions[:12], rows)
         if trainer.pairs:
-            captions, *latents, signs = zip(*trainer.pairs)
+            texts, *latents, signs = zip(*trainer.pairs)
             winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
             kind = "reference samples" if o.loser == "generated" else "rejected images"
             rows = {"preferred images": winners, f"{kind}\n+1: pushed away\n-1: learned from\n0: not used": samples}
-            draw_rows(o.out / "samples" / f"anchor-{update}.png", captions, rows, signs)
+            draw_rows(o.out / "samples" / f"anchor-{update}.png", texts, rows, signs)
         with whole(o.out / f"checkpoint-{update}") as folder:
             if o.part == "lora":
                 adapters = {name.replace(".default.", "."): p.data for name, p in trainer.trained.items()}
