@@ -293,7 +293,7 @@ def find_files(name, folder=None):
                 found.append(path)
                 break
         else:
-            raise UserError(f"{folder or 'the hub'} lacks {repository}/{files[0]}, which {SCORERS[name][0]} needs")
+            raise UserError(f"{folder or 'the cache'} lacks {repository}/{files[0]}, which {SCORERS[name][0]} needs")
     return found
 
 
@@ -303,7 +303,7 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
     need(name in SCORERS, f"{name} is not a scorer: choose from {', '.join(SCORERS)}")
     if name == "mini":
         return MiniScorer()
-    with explained(f"the weights of {SCORERS[name][0]} cannot be read", "--scorer-weights takes the hub's files"):
+    with explained(f"the weights of {SCORERS[name][0]} cannot be read", "download them again, unchanged"):
         config, weights, tokenizer, *head = find_files(name, folder)
         kind = transformers.BertTokenizer if name == "imagereward" else transformers.CLIPTokenizer
         tokenizer = kind.from_pretrained(tokenizer.parent)
@@ -455,7 +455,7 @@ def fuse_lora(base, file):
         raise ValueError(str(error.__cause__ or error)) from None
     taken = {f"unet.{name.replace('.default_0.', '.')}" for name, _ in unet.named_parameters() if ".lora_" in name}
     left = f"{file}: this UNet takes {len(taken)} of its {len(names)} weights, not {min(names - taken, default=file)}"
-    need(len(taken) == len(names), f"{left}: eval.py reads LoRAs of the UNet only, as diffusers or kohya-ss name them")
+    need(len(taken) == len(names), f"{left}: it may train nothing but the UNet, with diffusers' or kohya-ss names")
     unet.fuse_lora()
     unet.unload_lora()
     return unet
@@ -631,7 +631,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--model", "--pretrained_model_name_or_path", type=seppo.spelled, default="mini", help="the base model")
-    add("--unet", nargs="+", help="NAME=WHERE or WHERE: runs (last checkpoint), checkpoints, UNets, LoRAs, hub ids")
+    add("--unet", nargs="+", help="to compare with --model: runs, checkpoints, UNets, LoRAs, hub ids; or NAME=ONE")
     add("--motion-adapter", type=seppo.spelled, help="makes --model text-to-video; --unet also takes adapters")
     add("--frames", "--num_frames", type=int, help="frames per clip [16]")
     add("--prompts", default="pickapic", help=f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list")
@@ -700,7 +700,7 @@ def run(argv=None):
 
 
 def main(argv=None):
-    return seppo.main(argv, run, "eval.py", "--batch-size")
+    return seppo.main(argv, run, "eval.py", "a lower --batch-size")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ decides for each sample whether to push away from it or to learn from it too.
 
     python seppo.py                                                            # a toy task: a minute on one CPU core
     python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
-    python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your own images
+    python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your images; see README.md
     python seppo.py --model DIR_OR_ID --motion-adapter DIR_OR_ID --data CLIPS  # text-to-video
 
 Run the same command again to resume. Sections 1 to 4 are the paper, sections 5 to 8 are what it takes to run it.
@@ -264,7 +264,7 @@ class Trainer:
             _, errors = batch_loss(*nets, self.codec.scheduler, x_w, eps, t, context, x_r)
         gaps = torch.cat([errors[f"policy_{x}"] - errors[f"reference_{x}"] for x in "wr"])
         logit = 0.5 * o.beta * gaps.abs().max().item()
-        print(f"Self-check: at equal weights, policy and reference differ by {logit:.2g} of a logit.")
+        print(f"Self-check: at equal weights, policy and reference differ by {logit:.2g} of a logit (limit: 0.3).")
         need(logit < 0.3, f"self-check: the gap is {logit:.2g} of a logit, so signs would be noise: try --dtype fp32")
 
     @torch.no_grad()
@@ -403,7 +403,7 @@ def train(o, kind=Trainer):
     if data.unusable:
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {CALMER}")
-    print(f"Done. {o.out}/samples/step-{o.steps}.png shows the base model and the policy.")
+    print(f"Done. {o.out}/samples/step-{o.steps}.png shows images of the base model and of the trained model.")
     if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else the weights are the base's
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.sample_images(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
@@ -656,10 +656,10 @@ def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line
     used = {file.with_suffix("") for _, file, _ in rows}  # 0.txt and 0.json beside 0.jpg count as used
     lost = [file for _, file in named if file.with_suffix("") not in used]
     lost += [file for file in files if file.suffix.lower() in endings and file.with_suffix("") not in used]
-    message = f"--data {folder}: {len(lost)} files have no caption or no picture: {', '.join(map(str, lost[:3]))}"
+    message = f"--data {folder}: {len(lost)} files without caption or picture: {', '.join(map(str, lost[:3]))}"
     need(rows or not (tables and lost), message)
     if lost:
-        print(message)
+        print(f"{message} (left out)")
     return rows
 
 
@@ -714,7 +714,7 @@ def of_train(source, names):  # the files with `train` as a word of their path; 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or a diffusers folder (from_single_file makes one; fuse a LoRA first); runs go to --unet"
+FOLDER_OR_ID = "give a hub id or a diffusers folder (save_pretrained after from_single_file makes one); runs: --unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise schedule
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -727,7 +727,7 @@ class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, no
             vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")  # may be empty
             self.scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
-        need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} has another tokenizer, or none")
+        need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} lacks its tokenizer")
         self.text, self.vae = (net.to(o.device).requires_grad_(False) for net in (text, vae))
         self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
         self.channels, self.width = vae.config.latent_channels, text.config.hidden_size
@@ -780,7 +780,7 @@ def load_unet(name, *kinds, fuse=None):
             raise OSError(f"no configuration of a UNet and no {LORA_FILE} there, or the hub cannot be reached")
         return fuse(huggingface_hub.hf_hub_download(name, LORA_FILE))
     need(found in kinds, f"{name} holds a {found}, not a {' or '.join(kinds)}")
-    print(f"{found}: {Path(where, part) if Path(where, part).exists() else where}")
+    print(f"Loading {found}: {Path(where, part) if Path(where, part).exists() else where}")
     return load_whole(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
 
@@ -800,7 +800,7 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
             with explained(f"--motion-adapter {o.motion_adapter} cannot be read", FOLDER_OR_ID, Exception):
                 policy = UNetMotionModel.from_unet2d(policy, load_unet(o.motion_adapter, "MotionAdapter"))
         codec.scheduler = DDPMScheduler.from_config(levels, **ANIMATEDIFF)
-        need(o.frames <= policy.config.motion_max_seq_length, f"--frames {o.frames} exceeds this adapter's limit")
+        need(o.frames <= (most := policy.config.motion_max_seq_length), f"--frames {o.frames}: the limit is {most}")
         if o.train == "motion":
             policy.freeze_unet2d_params()
     if o.lora_rank:  # only attention adapters train; alpha = rank, as loaders assume
@@ -811,7 +811,7 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
-    fails = f"--model {o.model} does not run as SD 1.x: its UNet takes {takes}, VAE and text encoder give {gives}"
+    fails = f"--model {o.model} is not SD 1.x: (latent channels, caption width) are {takes} in the UNet, else {gives}"
     with explained(fails, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may be wrong: try it
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
@@ -910,8 +910,8 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; existing files are intact"
-RESTORE, AGAIN = "restore it, or choose another --out; all machines must share one --out", "fix it and rerun"
-LESS_MEMORY = "--micro-batch, --gradient-checkpointing, --generate-batch, --lora-rank"
+RESTORE, AGAIN = "restore it, or choose another --out; several machines must share one", "if this stays, fix it"
+LESS_MEMORY = "in this order, a lower --micro-batch, --gradient-checkpointing, a lower --generate-batch, --lora-rank"
 SAVE_SECONDS = 600  # a kill loses at most these seconds and the current update
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # shown on the progress bar
 MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out given".split()
@@ -969,10 +969,10 @@ def begin(o, data, trainer):  # refuses an --out that holds another experiment, 
     saved = gb(trainer.policy.parameters()) if o.part == "unet" else trains
     disk, free = 6 * trains + checkpoints * saved, shutil.disk_usage(o.out).free / 1e9
     print(
-        f"Training on {winners:,} preferred images (winners), {winners / data.total:.2g} epochs of {data.total} rows"
-        f" of {data.source}: {o.batch_size} per update, {o.micro_batch} at a time, on {o.world} x {o.device}.\n"
-        f"{250 * trains:.1f} M weights train. Memory: {static:.3g} GB{f' of {gpu:.3g}' * bool(gpu)} plus activations."
-        f" Disk: {disk:.3g} GB, {'MORE than' if disk > free else 'of'} the {free:.3g} GB that are free."
+        f"Training on {winners:,} preferred images (winners; repeats count): {winners / data.total:.2g} epochs of"
+        f" {data.total} rows of {data.source}, {o.batch_size} per update, {o.micro_batch} at a time, on {o.world} x"
+        f" {o.device}.\n{250 * trains:.1f} million weights are trained. Memory: activations plus {static:.3g} GB"
+        f"{f', of {gpu:.3g} GB' * bool(gpu)}. Disk: {disk:.3g} of {free:.3g} GB{'. TOO LITTLE!' * (disk > free)}"
     )
 
 
@@ -1083,10 +1083,10 @@ def spelled(name):  # one canonical path per folder; ids that were removed from 
 
 
 def parse_args(argv=None):  # a command line -> all options; raises UserError
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="[default]; the toy task overrides some.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="In brackets: defaults; the toy task has others.")
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
-    add("--method", default="seppo", choices=METHODS, help="a preset for the next three")
+    add("--method", default="seppo", choices=METHODS, help="sets the next three options (README.md: table)")
     add("--loser", choices=("generated", "data", "none"), help="what replaces DPO's losing image")
     add("--reference", choices=("random", "latest", "initial"), help="which earlier checkpoint is the reference")
     add("--flip", choices=("sign", "indicator", "none"), help="how the anchor criterion's sign is used")
@@ -1097,9 +1097,9 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--frames", "--num_frames", type=int, help="frames per clip [16]")
     add("--train", choices=("motion", "all"), help="which weights of a text-to-video model to train [motion]")
     add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: none")
-    add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, a folder, a file, or a hub id")
+    add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, captioned images, or Parquet")
     add("--max-winners", "--max_train_samples", type=int, help="use only the first N rows of the data")
-    add("--resolution", type=int, default=512, help="pixels of the shorter side, then of the centre crop")
+    add("--resolution", type=int, default=512, help="shorter side, then centre crop, in pixels")
     add("--caption-dropout", type=float, default=0.2, help="share of captions replaced by the empty one")
     add("--out", "--output_dir", help="the run's folder [runs/MODEL-METHOD-...]")
     add("--steps", "--max_train_steps", type=int, default=210, help="updates")
@@ -1111,12 +1111,12 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--gradient-checkpointing", "--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--seed", type=int, default=0, help="random seed")
     add("--generate-batch", type=int, default=16, help="reference samples generated at a time")
-    add("--solver", default="dpm++", choices=SOLVERS, help="the diffusers scheduler")
+    add("--solver", default="dpm++", choices=SOLVERS, help="solver for the reference samples")
     add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="sampler steps: most of a run's cost")
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale; 1: none")
     add("--compile", action="store_true", help="compile the net that generates (speed-up not measured)")
     add("--device", help="cpu, cuda or cuda:1 [auto]")
-    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision of errors [fp16 on a GPU]")
+    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision; no: fp32 [fp16 on a GPU]")
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**MINI.get(known.model, CLIPS if known.motion_adapter else {}))
     o = parser.parse_args(argv)
@@ -1136,7 +1136,7 @@ def complete(o):  # derives options and refuses wrong combinations
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank", "lora_rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-    need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: save a pipeline with that UNet")
+    need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: save a model with that UNet as --model")
     need(o.sampler_steps < 1000, f"--sampler-steps must be below 1000, got {o.sampler_steps}")
     need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout is from 0 to 1, --lora-rank 0 or more")
     mini = o.model in MINI
@@ -1157,7 +1157,7 @@ def join_devices(o):  # sets device, rank and world (from torchrun, or a single 
         warnings.simplefilter("always")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for warning in caught:  # such as an old driver: otherwise the run would silently use the CPU
-        print(f"torch finds no usable GPU: {' '.join(str(warning.message).split())}")
+        print(f"torch finds no usable GPU (see README.md, Memory): {' '.join(str(warning.message).split())}")
     name = o.device or ("cuda" if gpus else "cpu")
     need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:1")
     o.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
@@ -1206,7 +1206,7 @@ def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the console lacks
     messages = {KeyboardInterrupt: "interrupted; run the same command again to continue"}
-    messages |= {torch.OutOfMemoryError: f"out of GPU memory: try, in this order, {less}"}
+    messages |= {torch.OutOfMemoryError: f"out of GPU memory: try {less}"}
     try:
         return work(argv) or 0
     except (UserError, *messages) as error:
