@@ -203,7 +203,7 @@ minus = lambda a, b: [x - y for x, y in zip(a, b)]
 half = lambda values: T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 interval = lambda values, form=".3f": f"{mean(values):{form}} ± {half(values):.3f}"
 bold = lambda values: ("**{}**" if abs(mean(values)) > half(values) else "{}").format(interval(values, "+.3f"))
-spread = lambda values: f"{mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
+spread = lambda values, form="+.3f": f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def table(title, names, row, items):
@@ -295,6 +295,8 @@ class Study(dict):
         for close, values in gains.items():
             yield f"{close}mean gain", f"{mean(values):+.3f}"
             yield f"{close}worst run", f"{min(values):+.3f}"
+        for name in ("distance", "shape"):
+            yield name, spread(self.read(tried, name), ".3f")
         for steps, lr in zip(("one step of lr up", "two steps up"), LR[own + 1 :]):
             scores = (self.read(run for run in tried if run[2] == rate) for rate in (lr, LR[own]))
             yield steps, spread(minus(*scores))
