@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 import seppo
-from seppo import UserError, explained, need, whole
+from seppo import UserError, atomic, explained, need
 
 # ---- 1. The numbers -------------------------------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ def load_scorer(name, folder=None, device="cpu", antialias=True):
             clip.load_state_dict(from_open_clip(load_weights(weights)["state_dict"]))
             scorer = ClipScorer(clip, functools.partial(pad_pixels, antialias=antialias), tokenizer, 77, clean)
         else:
-            clip = seppo.load_whole(transformers.CLIPModel, config.parent, dtype=torch.float32)
+            clip = seppo.load_complete(transformers.CLIPModel, config.parent, dtype=torch.float32)
             head = linear_chain(part(load_weights(*head), "layers.")) if head else None
             floored = functools.partial(crop_pixels, half=math.floor)  # PickScore follows transformers throughout
             crop, tidy = (floored, str) if name == "pickscore" else (crop_pixels, clean)
@@ -534,12 +534,12 @@ def generate(o, unets, base, codec, prompts, batches):
 
 def solver_settings(o, codec):  # as text for the report
     config = seppo.make_solver(codec.scheduler, o.solver).config
-    names = {*seppo.NOISE_LEVELS, *seppo.SOLVERS[o.solver][1], "prediction_type", "timestep_spacing", "solver_order"}
+    names = {*seppo.SCHEDULE_KEYS, *seppo.SOLVERS[o.solver][1], "prediction_type", "timestep_spacing", "solver_order"}
     return ", ".join(f"{name} {config[name]}" for name in sorted(names) if config.get(name) is not None)
 
 
 def save_png(image, path):
-    with whole(path) as file:
+    with atomic(path) as file:
         image.save(file, "PNG")
 
 
@@ -593,7 +593,7 @@ def report(o, files, prompts, scores, missing, settings):  # table.md, also on t
             rows.append(json.dumps(row | {name: values[i] for name, values in found.items()}) + "\n")
     print(f"\n{text}\n\nIn {o.out}: table.md, scores.jsonl, grid.png, pictures/")
     for name, content in (("table.md", text + "\n"), ("scores.jsonl", "".join(rows))):
-        with whole(o.out / name) as file:
+        with atomic(o.out / name) as file:
             file.write_text(content, "utf-8")
     save_png(draw_grid(files, prompts), o.out / "grid.png")
 

@@ -2,14 +2,14 @@
 
 SePPO aligns a diffusion model using only images people like: it needs no losing images and no reward model. An earlier
 checkpoint of the run, the reference, generates the sample that takes the place of DPO's loser. An anchor criterion
-decides for each sample whether to push away from it or to learn from it too.
+decides for each sample whether to push away from it or to learn from it as from a second winner.
 
     python seppo.py                                                            # a toy task: a minute on one CPU core
     python seppo.py --model runwayml/stable-diffusion-v1-5 --data pickapic     # the paper
     python seppo.py --model DIR_OR_ID --data DIR_OR_ID --out runs/mine         # your images; see README.md
     python seppo.py --model DIR_OR_ID --motion-adapter DIR_OR_ID --data CLIPS  # text-to-video
 
-Run the same command again to resume. Sections 1 to 4 are the paper, sections 5 to 8 are what it takes to run it.
+Run the same command again to resume. Sections 1 to 4 implement the paper; 5 to 8 are data, models, toy task and files.
 Left out on purpose: SDXL, weight averaging, experiment trackers (metrics.jsonl has all numbers), the safety checker.
 """
 
@@ -53,17 +53,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 # ---- 1. The objective (the paper's section 3) -----------------------------------------------------------------------
-# The winner always comes first, the reference sample second. m(x; net) is the mean squared error of a net's prediction
-# of the noise in x_t (denoising_error). x^w and x^r share one (t, eps), and so do policy and reference.
+# The winner x^w comes first, the reference sample x^r second. m(x; net) is the mean squared error of a net's estimate
+# of the noise in x_t, which is x noised to step t (denoising_error). All four errors share one (t, eps).
 #
 #     s_w  = m(x^w; theta) - m(x^w; ref)                 winner, policy minus reference
 #     s_r  = m(x^r; theta) - m(x^r; ref)                 reference sample, policy minus reference
 #     sign = sgn(-s_w)                                   the anchor criterion, at this (t, eps); no gradient
-#     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      beta/2: the paper's beta T w(lambda_t), as a constant
+#     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      1/2 replaces the paper's T w(lambda_t)
 #
-# +1: the policy predicts the winner better than the reference does, so x^r is the loser of a DPO pair. -1: the
+# Sign +1: the policy has the smaller error on the winner, so x^r is the loser of a DPO pair. Sign -1: the
 # reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, because the
-# policy and its reference have equal weights; only the winner counts. "Inferred" means: the paper does not say it.
+# policy and its reference have equal weights; only the winner counts. "Inferred": deduced from paper or other code.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
@@ -71,13 +71,13 @@ def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors 
 
 
 def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
-    """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's constants), one value per pair.
+    """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's 1/2 for T w(lambda_t)), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
-    (reference_w: the reference's error of x^w), and passed by name, as other code orders them differently. All must
-    use the same dtype, kernels and batch shape, and be fp32, because beta multiplies rounding errors.
-    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: its ablation 1(x > 0),
+    (reference_w: the reference's error of x^w), and passed by name, as other code orders them differently. Compute all
+    with the same dtype, kernels and batch shape, and pass them in fp32, because beta multiplies rounding errors.
+    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: 1(-s_w > 0) (sspo),
     where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Raises ValueError otherwise.
-    sign: (B,) signs that Trainer.anchor_sign has decided, or None: computed here. `flip` is applied either way.
+    sign: (B,) signs that Trainer.anchor_sign has decided, or None to compute them here. `flip` is applied either way.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
     tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`."""
     s_w, s_r = policy_w - reference_w, policy_r - reference_r
@@ -94,19 +94,19 @@ def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, fli
 
 
 def choose_reference(k, rule, generator=None):
-    """Index (0, the base model, to k-1) of the checkpoint that becomes the reference, if there are k checkpoints.
+    """Index, from 0 (the base model) to k-1, of the checkpoint that becomes the reference, if there are k checkpoints.
     rule: `random` is uniform (SePPO) and draws from `generator` (a torch.Generator), `latest` is k-1 (SPIN-Diffusion),
     `initial` is 0 (Diffusion-DPO). Raises ValueError for k < 1 or another rule."""
     if k < 1 or rule not in ("random", "latest", "initial"):
-        raise ValueError(f"needs k >= 1 and random, latest or initial, not {k}, {rule!r}")
+        raise ValueError(f"k must be >= 1, got {k}, and rule random, latest or initial, got {rule!r}")
     if rule == "random":
         return int(torch.randint(k, (), generator=generator))
     return k - 1 if rule == "latest" else 0
 
 
-METHODS = {  # one loss, six methods: where x^r comes from, which checkpoint is the reference, how the sign is used
+METHODS = {  # six methods: where x^r comes from, which checkpoint is the reference, how the sign is used
     "seppo": dict(loser="generated", reference="random", flip="sign"),
-    "sspo": dict(loser="generated", reference="random", flip="indicator"),  # the paper's version 2 (inferred)
+    "sspo": dict(loser="generated", reference="random", flip="indicator"),  # arXiv version 2 of the paper (inferred)
     "spin": dict(loser="generated", reference="latest", flip="none"),
     "ditto": dict(loser="generated", reference="initial", flip="none"),
     "dpo": dict(loser="data", reference="initial", flip="none"),
@@ -124,7 +124,7 @@ def predict(unet, x_t, t, context):
 def denoising_error(unet, scheduler, x_0, eps, t, context):
     """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
     x_0, eps: (B, C, h, w) fp32 latents and noise, or (B, C, F, h, w) of clips. t: (B,) integer timesteps.
-    context: (B, tokens, width), the encoded captions. scheduler: diffusers', with abar and the prediction type."""
+    context: (B, tokens, width), the encoded captions. scheduler: from diffusers, with abar and prediction type."""
     x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     target = scheduler.get_velocity(x_0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
     return (predict(unet, x_t, t, context) - target).square().flatten(1).mean(1)
@@ -132,10 +132,10 @@ def denoising_error(unet, scheduler, x_0, eps, t, context):
 
 def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sign=None, beta=2000.0, flip="sign"):
     """The summed loss of B pairs, to call backward on, and {statistic: (B,) values}.
-    x_w, x_r: (B, C, h, w) latents of winners and reference samples (dpo: losers). eps, t, context: as above, shared.
+    x_w, x_r: (B, C, h, w) latents of winners, reference samples (dpo: losers). eps, t, context: see denoising_error.
     reference None: SFT, whose loss is the winner's error itself.
-    sign: (B,) signs decided beforehand, or None. Where it is 0, x_r is a placeholder (x_w) that keeps the batch shape
-    and enters neither the loss nor the statistics of pairs."""
+    sign: (B,) signs decided before x_r was generated, or None. Where one is 0, x_r is a placeholder equal to x_w; it
+    enters neither the loss nor the statistics of pairs."""
     if reference is None:
         errors = denoising_error(policy, scheduler, x_w, eps, t, context)
         return errors.sum(), {"winners": torch.ones_like(errors), "loss": errors.detach(), "policy_w": errors.detach()}
@@ -148,11 +148,11 @@ def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sig
     losses, d = seppo_loss(**errors, beta=beta, flip=flip, sign=sign)
     ones = torch.ones_like(losses)
     pairs = ones if sign is None else sign.abs()
-    found = {"winners": ones, "loss": losses, "logit": d["logit"], "policy_w": policy_w, "reference_w": reference_w}
-    found |= {"sign_pos": d["sign"] > 0, "sign_neg": d["sign"] < 0, "sign_zero": d["sign"] == 0}
-    found |= {"pairs": pairs, "policy_r": pairs * policy_r, "reference_r": pairs * reference_r}
-    found |= {"implicit_acc": pairs * (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2}  # a tie counts half
-    return losses.sum(), {name: value.detach() for name, value in found.items()}
+    stats = {"winners": ones, "loss": losses, "logit": d["logit"], "policy_w": policy_w, "reference_w": reference_w}
+    stats |= {"sign_pos": d["sign"] > 0, "sign_neg": d["sign"] < 0, "sign_zero": d["sign"] == 0}
+    stats |= {"pairs": pairs, "policy_r": pairs * policy_r, "reference_r": pairs * reference_r}
+    stats |= {"implicit_acc": pairs * (1 + torch.sign(d["reward_w"] - d["reward_r"])) / 2}  # a tie counts half
+    return losses.sum(), {name: value.detach() for name, value in stats.items()}
 
 
 # ---- 2. The sampler -------------------------------------------------------------------------------------------------
@@ -163,12 +163,12 @@ SOLVERS = {  # all deterministic; none clips latents; "trailing" spacing starts 
     "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False, timestep_spacing="trailing")),
     "pndm": (diffusers.PNDMScheduler, dict(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)),  # SD 1.5's
 }
-NOISE_LEVELS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr".split()
+SCHEDULE_KEYS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr".split()
 
 
 def make_solver(scheduler, solver):  # the model's own scheduler gives only noise schedule and prediction type
     kind, settings = SOLVERS[solver]
-    return kind.from_config({name: scheduler.config[name] for name in (*NOISE_LEVELS, "prediction_type")}, **settings)
+    return kind.from_config({name: scheduler.config[name] for name in (*SCHEDULE_KEYS, "prediction_type")}, **settings)
 
 
 @torch.no_grad()
@@ -191,13 +191,13 @@ def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, gui
 
 
 # ---- 3. One update (the paper's algorithm, its inner loop) ----------------------------------------------------------
-# Losses are summed and divided once, in step(), so micro-batches, chunks and devices simply add up.
+# Gradients of summed losses add up over micro-batches, chunks and devices; step() divides them once by the batch size.
 
 WARMUP, MAX_NORM = 0.25, 1.0  # share of all updates in which the learning rate rises (inferred); gradient clipping
 ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 OF_WINNERS = ("loss", "logit", "policy_w", "reference_w", "sign_pos", "sign_neg", "sign_zero")  # averaged over winners
 OF_PAIRS = ("policy_r", "reference_r", "implicit_acc")  # averaged over winners that have an x^r
-CALMER = "use a lower --lr, or --dtype fp32, in a new --out"  # advice when gradients are not finite
+REMEDY = "use a lower --lr, or --dtype fp32, in a new --out"  # advice when gradients are not finite
 
 
 class Trainer:
@@ -212,7 +212,7 @@ class Trainer:
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
         if o.dtype == "fp16" and (self.reference or o.part != "unet"):
             self.half_copy = copy.deepcopy(policy).half().requires_grad_(False)  # precise enough for generating
-            # Autocast rounds frozen matrices anyway, so all nets share one fp16 copy. Saved weights stay in fp32.
+            # Autocast rounds all matrices anyway, so the nets share one fp16 copy of the frozen ones. Files are fp32.
             for net in filter(None, (self.reference, policy if o.part != "unet" else None)):
                 for own, copied in zip(net.modules(), self.half_copy.modules()):
                     if type(own) in (torch.nn.Linear, torch.nn.Conv2d) and not own.weight.requires_grad:
@@ -236,16 +236,16 @@ class Trainer:
         side = o.resolution // codec.factor
         self.shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)  # of latents
         self.empty = codec.encode_text([""])  # (1, tokens, width)
-        # fp16's loss scale. The gradient at one of a prediction's N elements is beta/2 * 2/N * error * sigmoid.
-        # The scale makes it 8 * error * sigmoid, mid-range in fp16 for every beta and N. Weights are fp32.
+        # fp16's loss scale. At one of N predicted elements the gradient is beta/2 * 2/N * residual * sigmoid(-logit).
+        # The scale makes it 8 * residual * sigmoid(-logit), mid-range in fp16 for any beta, N. Trained weights: fp32.
         full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
-        self.scale = full if o.dtype == "fp16" else 1.0  # multiplied by progress["scale"], lowered on overflow
+        self.full_scale = full if o.dtype == "fp16" else 1.0  # multiplied by progress["scale"], lowered on overflow
         self.progress = {"scale": 1.0, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of this update: {statistic: sum}; Counter.update adds
-        self.pairs = deque(maxlen=12 if o.model in MINI else 4)  # latest pairs: caption, x_w, x_r, sign
+        self.latest_pairs = deque(maxlen=12 if o.model in MINI else 4)  # latest pairs: caption, x_w, x_r, sign
 
-    def set_reference(self, update):  # from the k checkpoints so far, once every save_every updates (inferred)
+    def set_reference(self, update):  # same draw for a whole interval (inferred): the seed has k, not update
         k = update // self.o.save_every + 1
         index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
         if index != self.reference_index:
@@ -257,19 +257,19 @@ class Trainer:
                 self.half_copy.load_state_dict(self.reference.state_dict())
             self.reference_index = index
 
-    def check_numeric_path(self):  # at equal weights s_w and s_r must be 0, or beta turns rounding into preferences
+    def check_numeric_path(self):  # at equal weights s_w and s_r must be near 0: beta amplifies rounding
         o, nets, context = self.o, (self.policy, self.reference), self.empty.expand(self.o.micro_batch, -1, -1)
         t, _, eps, x_w, x_r = (v.to(o.device) for v in draws("check", range(o.micro_batch), self.shape, 1000, 0))
         with self.autocast():  # noise stands in for latents
             _, errors = batch_loss(*nets, self.codec.scheduler, x_w, eps, t, context, x_r)
         gaps = torch.cat([errors[f"policy_{x}"] - errors[f"reference_{x}"] for x in "wr"])
         logit = 0.5 * o.beta * gaps.abs().max().item()
-        print(f"Self-check: at equal weights, policy and reference differ by {logit:.2g} of a logit (limit: 0.3).")
-        need(logit < 0.3, f"self-check: the gap is {logit:.2g} of a logit, so signs would be noise: try --dtype fp32")
+        print(f"Self-check: at equal weights, policy and reference differ by {logit:.2g} in the logit (limit: 0.3).")
+        need(logit < 0.3, f"self-check: rounding moves the logit by {logit:.2g}, so signs are noise: try --dtype fp32")
 
     @torch.no_grad()
     def anchor_sign(self, batch, texts, noise_r):  # assets/study.py overrides it; its rules use texts and noise_r too
-        """(B,) signs decided before x^r is generated: 1 (x^r loses), 0 (no x^r is needed). None: the loss decides."""
+        """(B,) signs decided before x^r is generated: 1 (x^r loses), 0 (no x^r is needed). None: the loss does."""
         if self.o.flip != "indicator":
             return None
         signs, nets = [], (self.policy, self.reference)
@@ -292,8 +292,8 @@ class Trainer:
 
     def gradient(self, rows):  # accumulates the gradient and the statistics of these rows
         o, codec, is_first = self.o, self.codec, not self.sums
-        positions, texts, winners, losers, replaced = zip(*rows)
-        self.sums["skipped_rows"] += torch.tensor(float(sum(replaced)), device=o.device)
+        positions, texts, winners, losers, skipped = zip(*rows)
+        self.sums["skipped_rows"] += torch.tensor(float(sum(skipped)), device=o.device)
         if self.overflow:
             return
         chance = draws(o.seed, positions, self.shape, codec.scheduler.config.num_train_timesteps, o.caption_dropout)
@@ -310,26 +310,26 @@ class Trainer:
             i = batch.get("sign", torch.ones_like(t)).nonzero()[:, 0]  # 0: no x^r is needed
             batch["x_r"] = x_w.clone()
             if len(i):
-                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], encoded[i])  # with the true captions
+                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], encoded[i])  # no caption is dropped
         for first in range(0, len(t), o.micro_batch):
             some = slice(first, first + o.micro_batch)
             micro = {name: value[some] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
             with self.autocast():
                 loss, statistics = batch_loss(self.policy, self.reference, codec.scheduler, **micro)
-            (self.scale * self.progress["scale"] * loss).backward()
+            (self.full_scale * self.progress["scale"] * loss).backward()
             if self.reference:
                 signs = statistics["sign_pos"].int() - statistics["sign_neg"].int()
-                self.pairs.extend(zip(texts[some], x_w[some], batch["x_r"][some], signs))
+                self.latest_pairs.extend(zip(texts[some], x_w[some], batch["x_r"][some], signs))
             self.sums.update({name: value.sum().float() for name, value in statistics.items()})
         if is_first:  # catch non-finite gradients before generating the rest
             finite = torch.stack([gradient.isfinite().all() for gradient in self.gradients()]).all().float()
             self.overflow = not over_all(finite, op=dist.ReduceOp.MIN)
 
-    def step(self, update):  # sums over devices, clips, steps, and returns the log entry
+    def step(self, update):  # adds up all devices' gradients, clips them, updates the weights, returns the log entry
         o, progress, totals = self.o, self.progress, torch.stack([*self.sums.values()])
-        over_all(totals, *self.gradients())  # once per update: overlapping it would gain nothing
+        over_all(totals, *self.gradients())  # once per update: overlapping it with backward() would gain nothing
         for gradient in self.gradients():
-            gradient /= self.scale * progress["scale"] * o.batch_size
+            gradient /= self.full_scale * progress["scale"] * o.batch_size
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_NORM).item()
         sums = dict(zip(self.sums, totals.tolist()))
         means = {name: sums[name] / sums["winners"] for name in OF_WINNERS if name in sums}
@@ -346,7 +346,7 @@ class Trainer:
             progress["in_a_row"] += 1
             progress["skipped_updates"] += 1
             progress["scale"] /= 16 if o.dtype == "fp16" else 1
-            need(progress["in_a_row"] < 3, f"updates {update - 1} to {update + 1} had non-finite gradients: {CALMER}")
+            need(progress["in_a_row"] < 3, f"updates {update - 1} to {update + 1} had non-finite gradients: {REMEDY}")
             means, norm = {}, None
         self.optimizer.zero_grad()  # before anything is saved: it frees a fifth of the memory
         self.sums, self.overflow = Counter(), False
@@ -373,7 +373,7 @@ def train(o, kind=Trainer):
     if done == 0:
         save(o, trainer, captions, base, 0)  # the base model is checkpoint 0 of the pool
     share = o.batch_size // o.world  # winners per device and update
-    chunk = max(o.generate_batch, o.micro_batch)  # winners that go through the VAE and the sampler together
+    chunk = max(o.generate_batch, o.micro_batch)  # winners per call of Trainer.gradient
     chunk *= 4 if o.flip == "indicator" else 1  # only about half need an x^r: keep the sampler's batches full
     positions = [u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share)]
     rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # save after one update: a full disk fails early
@@ -402,9 +402,9 @@ def train(o, kind=Trainer):
                 saved = time.monotonic()
     if data.unusable:
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
-    need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {CALMER}")
+    need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {REMEDY}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows images of the base model and of the trained model.")
-    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else the weights are the base's
+    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else nothing was restored
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.sample_images(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
@@ -413,7 +413,7 @@ def train(o, kind=Trainer):
 
 
 # ---- 5. The data ----------------------------------------------------------------------------------------------------
-# Position n of the run gets the same row, crop and noise with any micro-batch, any devices, and after resuming.
+# The n-th winner of a run always has the same row, mirroring and noise, for any micro-batch, devices and resumes.
 
 
 class UserError(Exception):
@@ -427,7 +427,7 @@ def need(condition, message):
 
 @contextlib.contextmanager
 def explained(what, advice, kinds=(OSError, ValueError, LookupError, RuntimeError, SafetensorError)):
-    """Errors in the user's files become one line. kinds: Exception only for library calls, which raise anything."""
+    """Errors in the user's files become one line. kinds: give Exception for library calls; they raise anything."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -450,7 +450,7 @@ def key(*parts):  # a 63-bit seed from any printable values, the same in every p
 
 
 def draws(seed, positions, shape, timesteps, dropout):
-    """All random draws for B samples, on the CPU: (B,) t, (B,) whether the caption is dropped, and three (B, *shape)
+    """The objective's random draws for B winners: (B,) t, (B,) whether the caption is dropped, and three (B, *shape)
     noises: eps, one for the winner's VAE posterior, and the start of x^r (or one for the loser's posterior)."""
     columns = []
     for position in positions:
@@ -461,7 +461,7 @@ def draws(seed, positions, shape, timesteps, dropout):
 
 
 class Winners:
-    """The rows, by position in the run. Each epoch shuffles the groups and the rows inside them. groups: [(n, read)],
+    """Rows by position in the run, in groups. Each epoch shuffles the groups and their rows. groups: [(n, read)],
     where read() returns n rows (caption, winner, loser or None), or None for a tie. An image is bytes, a path, pixels,
     or the reason why there is none. pauses: the seconds after which an unreadable group is tried again."""
 
@@ -492,7 +492,7 @@ class Winners:
     def shuffled(self, n, *names):
         return random.Random(key(self.o.seed, *names)).sample(range(n), n)
 
-    def row(self, position):  # (caption, winner, loser), as they came; another row of its group replaces a tie
+    def row(self, position):  # (caption, winner, loser), not decoded; another row of the group replaces a tie
         epoch, place = divmod(position, self.total)
         order = self.shuffled(len(self.groups), "groups", epoch)
         ends = [*itertools.accumulate(self.groups[g][0] for g in order)]
@@ -503,10 +503,10 @@ class Winners:
 
     def __getitem__(self, position):
         """-> position, caption, winner (3, [F,] R, R) in [-1, 1], loser (or None), how many rows were skipped."""
-        rng, place = random.Random(key(self.o.seed, "flip", position)), position
+        rng, candidate = random.Random(key(self.o.seed, "flip", position)), position
         mirror, start = rng.random() < 0.5, rng.random()
         for attempt in range(1, 101):
-            caption, winner, loser = row = self.row(place)
+            caption, winner, loser = row = self.row(candidate)
             try:
                 need(isinstance(caption, str) and caption.strip(), "no caption")
                 caption.encode()  # fails on lone surrogates here rather than somewhere in the tokenizer
@@ -516,8 +516,8 @@ class Winners:
             except (UserError, ValueError) as error:
                 name = row[1].name if isinstance(row[1], Path) else f"{row[0]!r:.40}"
                 self.unusable[reason := f"{name}: {str(error)[:200]}"] = True
-            place = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
-        raise UserError(f"--data {self.source}: 100 consecutive rows were unusable, the last: {reason}")
+            candidate = random.Random(key(self.o.seed, "row", position, attempt)).randrange(self.total)
+        raise UserError(f"--data {self.source}: 100 tries found no usable row, the last: {reason}")
 
     def fetch(self, positions, ahead):
         """Yields rows in order, read and decoded by threads while the GPU works. Groups are read even earlier."""
@@ -537,13 +537,13 @@ class Winners:
 
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some other formats run programs or follow paths
-PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
-FILMS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
+IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in KINDS}
+VIDEO_ENDINGS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif"}
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,gif"  # no playlists
 
 
 def to_pixels(picture, o, mirror=False, start=0.0):
-    """Bytes or a path -> (3, R, R) in [-1, 1]; a video -> (3, F, R, R). Tensors pass through. ValueError otherwise."""
+    """Bytes or a path -> (3, R, R) in [-1, 1]; a video -> (3, F, R, R). Tensors are only mirrored. Else ValueError."""
     if not isinstance(picture, torch.Tensor):
         try:
             need(not isinstance(picture, str), picture)  # text says why there is no picture
@@ -552,7 +552,7 @@ def to_pixels(picture, o, mirror=False, start=0.0):
             fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
             need(len(fitted) == (o.frames or 1), f"{len(fitted)} frames, --frames is {o.frames}")
         except Exception as error:  # untrusted bytes can make a decoder raise anything
-            raise ValueError(f"no readable picture: {str(error).partition(' <_io.')[0]}") from error  # no address
+            raise ValueError(f"no readable picture: {str(error).partition(' <_io.')[0]}") from error  # no RAM address
         values = torch.frombuffer(bytearray().join(frame.tobytes() for frame in fitted), dtype=torch.uint8)
         picture = values.view(-1, o.resolution, o.resolution, 3).permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, R, R)
         picture = picture if o.frames else picture[:, 0]
@@ -599,13 +599,13 @@ COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0"]  # label_0: 1 = jpg_0 wins, 0
 
 
 def open_data(o):
-    """--data: the toy task's, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
+    """--data: the toy task's data, a folder of captioned pictures or clips, or Parquet (file, folder or hub id)."""
     if o.data in MINI_DATA:
         seeds = range(512 if o.data == "mini-mixture" else 1)  # the base model hardly sees a picture twice
         return Winners(o, o.data, [(2048, functools.partial(mini_rows, o.data, 2048, seed)) for seed in seeds])
-    if os.path.isdir(o.data) and o.loser != "data":  # a folder with captions, even beside Parquet
+    if os.path.isdir(o.data) and o.loser != "data":  # captioned files win over Parquet in the same folder
         with explained(f"--data {o.data} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
-            rows = folder_rows(Path(o.data), FILMS if o.frames else PICTURES)
+            rows = folder_rows(Path(o.data), VIDEO_ENDINGS if o.frames else IMAGE_ENDINGS)
         if rows:
             return Winners(o, o.data, [(len(rows), lambda: rows)])
     need(not o.frames, f"--data {o.data} is not a folder of captioned clips; --motion-adapter needs one")
@@ -664,7 +664,7 @@ def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line
 
 
 def parquet_groups(name):
-    """Parquet, from the hub without storing it -> its source, [(n, read) per row group], the pauses for Winners."""
+    """Opens Parquet; the hub's is not stored -> its source, [(n, read) per row group], the pauses for Winners."""
     source, root, system = name, Path(name), None
     advice = f"it takes pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
     with explained(f"--data {source} cannot be read", advice, Exception):
@@ -723,15 +723,15 @@ ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_bet
 class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, noise schedule
     def __init__(self, o):
         with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID, Exception):
-            text = load_whole(transformers.CLIPTextModel, o.model, "text_encoder", dtype=o.half)
-            vae = load_whole(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
+            text = load_complete(transformers.CLIPTextModel, o.model, "text_encoder", dtype=o.half)
+            vae = load_complete(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")  # may be empty
             self.scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
         need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} lacks its tokenizer")
         self.text, self.vae = (net.to(o.device).requires_grad_(False) for net in (text, vae))
         self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
         self.channels, self.width = vae.config.latent_channels, text.config.hidden_size
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent: 8
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent element and side: 8
 
     def encode_text(self, captions):  # -> (B, 77, 768)
         length = self.text.config.max_position_embeddings
@@ -751,7 +751,7 @@ class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, no
         return pixels.float().clamp(-1, 1)
 
 
-def load_whole(kind, name, subfolder="", **options):
+def load_complete(kind, name, subfolder="", **options):
     """kind.from_pretrained, but it refuses a file that lacks weights, which diffusers would leave random."""
     folder = Path(name, subfolder) if Path(name, subfolder).is_dir() else Path(name)
     endings = {file.name.partition(".")[2] for file in folder.glob("*model*.safetensors")}
@@ -781,7 +781,7 @@ def load_unet(name, *kinds, fuse=None):
         return fuse(huggingface_hub.hf_hub_download(name, LORA_FILE))
     need(found in kinds, f"{name} holds a {found}, not a {' or '.join(kinds)}")
     print(f"Loading {found}: {Path(where, part) if Path(where, part).exists() else where}")
-    return load_whole(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    return load_complete(getattr(diffusers, found), where, part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
 
 def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffusion or Miniature)
@@ -856,7 +856,7 @@ def draw_mini(captions, flaws):
     edges = torch.stack([shape(x - dx, y - dy) for shape in SHAPES.values()], 1)  # (B, 4, 16, 16)
     edge = edges[range(len(flaws)), [[*SHAPES].index(name) for name in shapes]] / (1 - 0.4 * small)
     ink = torch.sigmoid((1 - edge) * (12 - 10 * blur))[:, None]
-    return (ink * colour - (1 - ink) * 0.9) * (0.6 + 0.36 * contrast[:, None])  # 0.6 leaves room for too strong
+    return (ink * colour - (1 - ink) * 0.9) * (0.6 + 0.36 * contrast[:, None])  # 0.24 pale, 0.6 right, 0.96 strong
 
 
 def mini_score(pixels, captions):
@@ -915,11 +915,11 @@ LESS_MEMORY = "in this order, a lower --micro-batch, --gradient-checkpointing, a
 SAVE_SECONDS = 600  # a kill loses at most these seconds and the current update
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # shown on the progress bar
 MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out given".split()
-UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # options that may change on resume do not name the folder
+UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # not in the default --out, or there already
 
 
 @contextlib.contextmanager
-def whole(path):  # writes a file or folder atomically: under another name, which is then changed
+def atomic(path):  # writes a file or folder under a temporary name and then renames it
     temporary = path.with_name(path.name + ".tmp")
     with explained(f"{path} cannot be written", ROOM):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -931,7 +931,7 @@ def whole(path):  # writes a file or folder atomically: under another name, whic
 
 def choose_micro_batch(o, room):
     """The largest power of two that divides this device's share and whose activations fit into `room` GB, or 1."""
-    each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)  # GB of SD 1.5
+    each = 2.5 * (o.resolution / 512) ** 2 * (o.frames or 1) * (2 if o.dtype == "fp32" else 1)  # GB per winner
     each *= 0.25 if o.gradient_checkpointing else 1
     most = 65535 // (2 * (o.resolution // 8) ** 2) if o.frames else 64  # limit of CUDA's attention kernels
     fits = lambda n: o.batch_size // o.world % n == 0 and n * each <= room and n <= most
@@ -949,7 +949,7 @@ def begin(o, data, trainer):  # refuses an --out that holds another experiment, 
     options |= {"source": data.source, "rows": data.total}
     path, old = o.out / "config.json", recorded(o)
     then = options | dict.fromkeys(o.given, "the default") | old if old else options
-    then["data"] = o.data  # source says it all
+    then["data"] = o.data  # may differ: source is compared instead
     changed = ", ".join(f"{name} was {then[name]}, is {now}" for name, now in options.items() if now != then[name])
     need(not changed, f"{o.out} holds a run with other options ({changed}): choose another --out")
     trainer.progress["run"] = options["run"] = old.get("run", "" if old else os.urandom(8).hex())
@@ -957,7 +957,7 @@ def begin(o, data, trainer):  # refuses an --out that holds another experiment, 
     config["sampler"] = dict(make_solver(trainer.codec.scheduler, o.solver).config)
     config["versions"] = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
     if o.rank == 0:
-        with whole(path) as file:
+        with atomic(path) as file:
             file.write_text(json.dumps(config, indent=1))
     gb = lambda weights: sum({id(p): p.nbytes for p in weights}.values()) / 1e9  # shared weights count once
     nets = filter(None, (trainer.policy, trainer.reference, trainer.half_copy))
@@ -977,21 +977,21 @@ def begin(o, data, trainer):  # refuses an --out that holds another experiment, 
 
 
 def save(o, trainer, captions, base, update, interval_ends=True):
-    """Sample images (step-N.png: base model and policy, at every N from the same noise; anchor-N.png: the last pairs),
-    then the pool's next checkpoint, then the state: so a kill may repeat work but loses none."""
+    """Saves images (step-N.png: base model and policy, at every N from the same noise; anchor-N.png: the last pairs),
+    then the pool's next checkpoint, then the state, so that a kill in between leaves a run that can resume."""
     if o.rank == 0 and interval_ends:
         rows = {"base model": base} | ({f"update {update}": trainer.sample_images(captions)} if update else {})
         if o.model in MINI:
             rows["ideal"] = draw_mini(captions, torch.zeros(len(captions), 5))
             rows = {f"{k}\nscore {mini_score(pixels, captions).mean():.2f}": pixels for k, pixels in rows.items()}
         draw_rows(o.out / "samples" / f"step-{update}.png", captions[:12], rows)
-        if trainer.pairs:
-            texts, *latents, signs = zip(*trainer.pairs)
+        if trainer.latest_pairs:
+            texts, *latents, signs = zip(*trainer.latest_pairs)
             winners, samples = (trainer.codec.decode(torch.stack(x)).cpu() for x in latents)
             kind = "reference samples" if o.loser == "generated" else "rejected images"
             rows = {"preferred images": winners, f"{kind}\n+1: pushed away\n-1: learned from\n0: not used": samples}
             draw_rows(o.out / "samples" / f"anchor-{update}.png", texts, rows, signs)
-        with whole(o.out / f"checkpoint-{update}") as folder:
+        with atomic(o.out / f"checkpoint-{update}") as folder:
             if o.part == "lora":
                 adapters = {name.replace(".default.", "."): p.data for name, p in trainer.trained.items()}
                 diffusers.StableDiffusionPipeline.save_lora_weights(folder, adapters)
@@ -999,10 +999,10 @@ def save(o, trainer, captions, base, update, interval_ends=True):
                 write = trainer.policy.save_pretrained if o.part == "unet" else trainer.policy.save_motion_modules
                 write(folder / o.part)
     if o.rank == 0 and update > 0:
-        with whole(o.out / "resume.safetensors") as file:
+        with atomic(o.out / "resume.safetensors") as file:
             save_file(trainer.state, file, {"progress": json.dumps(trainer.progress | {"update": update})})
     if interval_ends:
-        over_all(torch.zeros((), device=o.device)).item()  # a barrier: the other processes will read it
+        over_all(torch.zeros((), device=o.device)).item()  # a barrier: the other processes will read the checkpoint
 
 
 def resume(o, trainer):  # restores the saved state, and returns the number of finished updates
@@ -1019,7 +1019,7 @@ def resume(o, trainer):  # restores the saved state, and returns the number of f
     ends = over_all(torch.tensor([done, -done], device=o.device), op=dist.ReduceOp.MIN)
     need(not ends.sum(), "the processes began at different updates: all machines must share the folder --out")
     if o.rank == 0 and metrics.exists():
-        with whole(metrics) as file:  # without the lines of updates that will be repeated
+        with atomic(metrics) as file:  # without the lines of updates that will be repeated
             file.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:done]))
     return done
 
@@ -1045,7 +1045,7 @@ def draw_rows(file, captions, rows, signs=()):
         box = (left, top, left + width - 1, top + height - 1)
         pen.rectangle(box, None if sign else "grey", colour, width=4)
         pen.text((left + 7, top + 5), f"{sign:+d}", colour, font, stroke_width=2, stroke_fill="black")
-    with whole(file) as temporary:
+    with atomic(file) as temporary:
         sheet.save(temporary, "PNG")
 
 
@@ -1053,9 +1053,9 @@ def how_to_load(o):  # the last lines of a run: a program that loads what it mad
     load = lambda kind, *where: f"diffusers.{kind}.from_pretrained({', subfolder='.join(map(repr, where))})"
     kind = "MotionAdapter" if o.part == "motion_adapter" else "UNetMotionModel" if o.frames else "UNet2DConditionModel"
     folder, lora = f"checkpoint-{o.steps}", o.part == "lora"
-    parts = {} if lora else {o.part: load(kind, str(o.out), f"{folder}/{o.part}")}  # not the model's own
+    parts = {} if lora else {o.part: load(kind, str(o.out), f"{folder}/{o.part}")}  # parts this run made
     if lora and o.model in MINI:
-        return f"To draw with it: python eval.py --unet {o.out}"
+        return f"To generate images with it: python eval.py --unet {o.out}"
     if o.frames:
         parts.setdefault("motion_adapter", load("MotionAdapter", o.motion_adapter) if lora else "None")
         parts["scheduler"] = f"diffusers.DDIMScheduler(**{ANIMATEDIFF})"
@@ -1087,10 +1087,10 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--method", default="seppo", choices=METHODS, help="sets the next three options (README.md: table)")
-    add("--loser", choices=("generated", "data", "none"), help="what replaces DPO's losing image")
+    add("--loser", choices=("generated", "data", "none"), help="where x^r, the loser of a pair, comes from")
     add("--reference", choices=("random", "latest", "initial"), help="which earlier checkpoint is the reference")
     add("--flip", choices=("sign", "indicator", "none"), help="how the anchor criterion's sign is used")
-    add("--beta", type=float, default=2000.0, help="strength of the tie to the reference; tune it and --lr first")
+    add("--beta", type=float, default=2000.0, help="how firmly the reference holds the policy; tune it and --lr first")
     add("--model", "--pretrained_model_name_or_path", type=spelled, default="mini", help="mini, a folder, or a hub id")
     add("--unet", type=spelled, help="start from this UNet instead of the model's own: a folder, a run, or a hub id")
     add("--motion-adapter", type=spelled, help="a folder or hub id: makes --model a text-to-video model")
@@ -1111,7 +1111,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--gradient-checkpointing", "--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--seed", type=int, default=0, help="random seed")
     add("--generate-batch", type=int, default=16, help="reference samples generated at a time")
-    add("--solver", default="dpm++", choices=SOLVERS, help="solver for the reference samples")
+    add("--solver", default="dpm++", choices=SOLVERS, help="the sampler's solver")
     add("--sampler-steps", "--num_inference_steps", type=int, default=20, help="sampler steps: most of a run's cost")
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale; 1: none")
     add("--compile", action="store_true", help="compile the net that generates (speed-up not measured)")
@@ -1129,7 +1129,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
 
 
 def complete(o):  # derives options and refuses wrong combinations
-    o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # it saves
+    o.part = "lora" if o.lora_rank else "motion_adapter" if o.train == "motion" and not o.unet else "unet"  # saved
     named = [f"{name}-{Path(str(value)).resolve().name}" for name, value in o.given.items() if name not in UNNAMED]
     name = "-".join([f"runs/{Path(o.model).resolve().name}", o.method, *named]).replace("_", "-")
     o.out = Path(os.path.expanduser(o.out or name))
@@ -1159,7 +1159,7 @@ def join_devices(o):  # sets device, rank and world (from torchrun, or a single 
     for warning in caught:  # such as an old driver: otherwise the run would silently use the CPU
         print(f"torch finds no usable GPU (see README.md, Memory): {' '.join(str(warning.message).split())}")
     name = o.device or ("cuda" if gpus else "cpu")
-    need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:1")
+    need(re.fullmatch(r"cpu|cuda(:\d\d?)?", name), f"--device {name} must be cpu, cuda or cuda:N")
     o.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     most = max(local, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1) if name == "cuda" else o.device.index
     need(name == "cpu" or most < gpus, f"--device {name}: torch finds {gpus} GPUs here; --device cpu works")
@@ -1171,7 +1171,7 @@ def join_devices(o):  # sets device, rank and world (from torchrun, or a single 
     o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # for modules used only for inference
 
 
-def run(argv=None):  # the command's whole work: one process group per folder
+def run(argv=None):  # all that the command does; one command at a time per folder
     o = parse_args(argv)
     if o.model in MINI:
         torch.set_num_threads(1)  # a second thread gains nothing on so small a net, and starves on a busy machine

@@ -359,7 +359,7 @@ def draw_figure(study, path):
         axis.set(xscale="log", xlabel="learning rate", title=f"{world}: score")
         axis.set_ylim(0.4, 0.85)  # methods that collapse leave the figure below
         axis.legend(fontsize=8)
-    with seppo.whole(path) as file:
+    with seppo.atomic(path) as file:
         figure.savefig(file, format="png", dpi=200)
 
 
@@ -380,7 +380,7 @@ def run(argv=None):
         if stage:
             study.make(*stage)
         text = study.report()  # after each stage
-        with seppo.whole(o.out / "study.md") as file:
+        with seppo.atomic(o.out / "study.md") as file:
             file.write_text(text, "utf-8")
         draw_figure(study, o.out / "study.png")
     print(f"{o.out}: study.md, study.png")
