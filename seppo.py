@@ -73,7 +73,7 @@ def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors 
 def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's 1/2 for T w(lambda_t)), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
-    (reference_w: the reference's error of x^w), and passed by name, as other code orders them differently. Compute all
+    (reference_w: the reference's error of x^w), keyword-only, because other code orders them otherwise. Compute all
     with the same dtype, kernels and batch shape, and pass them in fp32, because beta multiplies rounding errors.
     flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: 1(-s_w > 0) (sspo),
     where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Raises ValueError otherwise.
@@ -87,7 +87,7 @@ def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, fli
     elif flip == "none":
         sign = torch.ones_like(sign)
     elif flip != "sign":
-        raise ValueError(f"flip is sign, indicator or none, not {flip!r}")
+        raise ValueError(f"flip must be sign, indicator or none, got {flip!r}")
     logit = -0.5 * beta * (s_w - sign * s_r)
     rewards = {"reward_w": -0.5 * beta * s_w.detach(), "reward_r": -0.5 * beta * s_r.detach()}
     return -F.logsigmoid(logit), {"sign": sign, "logit": logit.detach()} | rewards
@@ -123,7 +123,7 @@ def predict(unet, x_t, t, context):
 
 def denoising_error(unet, scheduler, x_0, eps, t, context):
     """m(x_0; unet): (B,) fp32 mean squared errors of the net's prediction of eps (of v, for a v-prediction model).
-    x_0, eps: (B, C, h, w) fp32 latents and noise, or (B, C, F, h, w) of clips. t: (B,) integer timesteps.
+    x_0, eps: (B, C, h, w) fp32 latents and noise, or (B, C, F, h, w) for clips. t: (B,) integer timesteps.
     context: (B, tokens, width), the encoded captions. scheduler: from diffusers, with abar and prediction type."""
     x_t = scheduler.add_noise(x_0, eps, t)  # sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     target = scheduler.get_velocity(x_0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
@@ -131,7 +131,7 @@ def denoising_error(unet, scheduler, x_0, eps, t, context):
 
 
 def batch_loss(policy, reference, scheduler, x_w, eps, t, context, x_r=None, sign=None, beta=2000.0, flip="sign"):
-    """The summed loss of B pairs, to call backward on, and {statistic: (B,) values}.
+    """Returns the summed loss of B pairs, ready for backward(), and {statistic: (B,) values}.
     x_w, x_r: (B, C, h, w) latents of winners, reference samples (dpo: losers). eps, t, context: see denoising_error.
     reference None: SFT, whose loss is the winner's error itself.
     sign: (B,) signs decided before x_r was generated, or None. Where one is 0, x_r is a placeholder equal to x_w; it
@@ -173,7 +173,7 @@ def make_solver(scheduler, solver):  # the model's own scheduler gives only nois
 
 @torch.no_grad()
 def sample(unet, scheduler, noise, context, empty, solver="dpm++", steps=20, guidance=7.5):
-    """(B, C, h, w) or (B, C, F, h, w) fp32 noise -> clean fp32 latents, by classifier-free guidance (1: none).
+    """(B, C, h, w) or (B, C, F, h, w) fp32 noise -> clean fp32 latents, with classifier-free guidance (1: none).
     context: (B, tokens, width) captions; empty: (1, tokens, width), the encoded "". solver: a key of SOLVERS."""
     stepper = make_solver(scheduler, solver)
     stepper.set_timesteps(steps)
@@ -229,7 +229,7 @@ class Trainer:
         self.gradients = lambda: [p.grad for p in self.trained.values() if p.grad is not None]  # None: unused weights
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=o.lr, **ADAMW)
         self.state = dict(self.trained)  # with self.progress, everything needed to resume
-        for name, p in self.trained.items():  # allocate Adam's moments now: too small a GPU fails at once
+        for name, p in self.trained.items():  # allocate Adam's moments now, so a too small GPU fails at once
             moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=p.new_zeros(()))
             self.optimizer.state[p] = moments
             self.state |= {f"{name} {moment}": tensor for moment, tensor in moments.items()}
@@ -402,13 +402,13 @@ def train(o, kind=Trainer):
                 saved = time.monotonic()
     if data.unusable:
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
-    need(not trainer.progress["in_a_row"], f"the last update was skipped, its gradients were not finite: {REMEDY}")
+    need(not trainer.progress["in_a_row"], f"the last update was skipped (non-finite gradients): {REMEDY}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows images of the base model and of the trained model.")
     if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else nothing was restored
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.sample_images(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
-        print("Next: python eval.py measures it; README.md says how to train on your own images.")
+        print("Next: python eval.py evaluates the run; README.md says how to train on your own images.")
     print(how_to_load(o))
 
 

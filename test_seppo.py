@@ -1503,9 +1503,9 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
 
 def test_study_md_and_the_readme_match_study_jsonl():
     runs, text = study.Study(HERE / "assets/study.jsonl", {}), (HERE / "README.md").read_text()
-    assert (HERE / "assets/study.md").read_text() == runs.report()
+    assert (report := runs.report()) == (HERE / "assets/study.md").read_text()
     figures = re.findall(r"[-+]?\d+\.\d{3}|\d+%", re.search(r"## The study\n(.*?)\n## ", text, re.S)[1])
-    assert figures and not [figure for figure in figures if figure not in runs.report()]
+    assert figures and not [figure for figure in figures if figure not in report]
 
 
 # ---- Slow: SLOW=1 python -m pytest -k slow --------------------------------------------------------------------------

@@ -261,9 +261,9 @@ class Study(dict):
         return seeded([(world, variant, lr, b) for lr in LR for b in (BETA if variant != "sft" else (0,))], GRID_SEEDS)
 
     def choose(self, variant, world):  # the cell with the highest mean over itself and its neighbours in lr and beta
-        tried, place = self.tried(variant, world), lambda lr, beta: (LR.index(lr), BETA.index(beta or BETA[0]))
-        steps = lambda a, b: sum(abs(i - j) for i, j in zip(place(*a[2:4]), place(*b[2:4])))
-        near = lambda a, most: [b for b in tried if steps(a, b) <= most]
+        tried = self.tried(variant, world)
+        place = {run: (LR.index(run[2]), BETA.index(run[3] or BETA[0])) for run in tried}
+        near = lambda a, most: [b for b in tried if sum(abs(i - j) for i, j in zip(place[a], place[b])) <= most]
         outside = lambda a: 5 - len(near(a, 1)) // len(near(a, 0))  # neighbours off the grid count as the cell itself
         return max(tried, key=lambda a: self.mean(near(a, 1) + near(a, 0) * outside(a)))[:4]
 
