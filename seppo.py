@@ -63,7 +63,7 @@ from tqdm import tqdm
 #
 # Sign +1: the policy has the smaller error on the winner, so x^r is the loser of a DPO pair. Sign -1: the
 # reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, because the
-# policy and its reference have equal weights; only the winner counts. "Inferred": deduced from paper or other code.
+# policy and its reference have equal weights; only the winner counts. (inferred) below: deduced from paper or code.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
@@ -73,9 +73,9 @@ def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors 
 def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
     """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's 1/2 for T w(lambda_t)), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
-    (reference_w: the reference's error of x^w), keyword-only, because other code orders them otherwise. Compute all
+    (reference_w: the reference's error on x^w), keyword-only, because other code orders them otherwise. Compute all
     with the same dtype, kernels and batch shape, and pass them in fp32, because beta multiplies rounding errors.
-    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator`: 1(-s_w > 0) (sspo),
+    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator` (sspo): (sign > 0),
     where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Raises ValueError otherwise.
     sign: (B,) signs that Trainer.anchor_sign has decided, or None to compute them here. `flip` is applied either way.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
@@ -94,7 +94,7 @@ def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, fli
 
 
 def choose_reference(k, rule, generator=None):
-    """Index, from 0 (the base model) to k-1, of the checkpoint that becomes the reference, if there are k checkpoints.
+    """Which of k checkpoints becomes the reference: an index from 0 (the base model) to k-1.
     rule: `random` is uniform (SePPO) and draws from `generator` (a torch.Generator), `latest` is k-1 (SPIN-Diffusion),
     `initial` is 0 (Diffusion-DPO). Raises ValueError for k < 1 or another rule."""
     if k < 1 or rule not in ("random", "latest", "initial"):
@@ -218,8 +218,8 @@ class Trainer:
                     if type(own) in (torch.nn.Linear, torch.nn.Conv2d) and not own.weight.requires_grad:
                         own.weight, own.bias = copied.weight, copied.bias
         net = self.half_copy or self.reference
-        self.sampling_net = torch.compile(net) if o.compile else net  # error passes are never compiled (rounding)
-        if o.gradient_checkpointing:  # after copying, or the copies would call this net's methods
+        self.sampling_net = torch.compile(net) if o.compile else net  # denoising_error is not compiled (rounding)
+        if o.gradient_checkpointing:  # after copying, or copies would call the policy's methods
             policy.enable_gradient_checkpointing()
             checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
             for block in policy.modules():
@@ -236,10 +236,10 @@ class Trainer:
         side = o.resolution // codec.factor
         self.shape = (codec.channels, o.frames, side, side) if o.frames else (codec.channels, side, side)  # of latents
         self.empty = codec.encode_text([""])  # (1, tokens, width)
-        # fp16's loss scale. At one of N predicted elements the gradient is beta/2 * 2/N * residual * sigmoid(-logit).
+        # fp16's loss scale. Gradient at each of N predicted elements: beta/2 * 2/N * residual * sigmoid(-logit).
         # The scale makes it 8 * residual * sigmoid(-logit), mid-range in fp16 for any beta, N. Trained weights: fp32.
         full = 4 * math.prod(self.shape) / (0.5 * o.beta if self.reference else 1)
-        self.full_scale = full if o.dtype == "fp16" else 1.0  # multiplied by progress["scale"], lowered on overflow
+        self.full_scale = full if o.dtype == "fp16" else 1.0  # times progress["scale"], which overflow lowers
         self.progress = {"scale": 1.0, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of this update: {statistic: sum}; Counter.update adds
@@ -269,7 +269,7 @@ class Trainer:
 
     @torch.no_grad()
     def anchor_sign(self, batch, texts, noise_r):  # assets/study.py overrides it; its rules use texts and noise_r too
-        """(B,) signs decided before x^r is generated: 1 (x^r loses), 0 (no x^r is needed). None: the loss does."""
+        """(B,) signs decided before x^r is generated: 1 (x^r loses), 0 (no x^r needed). None: the loss decides."""
         if self.o.flip != "indicator":
             return None
         signs, nets = [], (self.policy, self.reference)
@@ -371,12 +371,12 @@ def train(o, kind=Trainer):
     if 0 < done < o.steps:
         print(f"Resuming after update {done} of {o.steps}.")
     if done == 0:
-        save(o, trainer, captions, base, 0)  # the base model is checkpoint 0 of the pool
+        save(o, trainer, captions, base, 0)  # the base model counts as checkpoint 0
     share = o.batch_size // o.world  # winners per device and update
     chunk = max(o.generate_batch, o.micro_batch)  # winners per call of Trainer.gradient
     chunk *= 4 if o.flip == "indicator" else 1  # only about half need an x^r: keep the sampler's batches full
     positions = [u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share)]
-    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # save after one update: a full disk fails early
+    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # save after one update, to notice a full disk
     total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
     with tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0) as bar:
         for update in range(done, o.steps):
@@ -404,7 +404,7 @@ def train(o, kind=Trainer):
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     need(not trainer.progress["in_a_row"], f"the last update was skipped (non-finite gradients): {REMEDY}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows images of the base model and of the trained model.")
-    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else nothing was restored
+    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # without it: base weights
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.sample_images(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
@@ -461,8 +461,8 @@ def draws(seed, positions, shape, timesteps, dropout):
 
 
 class Winners:
-    """Rows by position in the run, in groups. Each epoch shuffles the groups and their rows. groups: [(n, read)],
-    where read() returns n rows (caption, winner, loser or None), or None for a tie. An image is bytes, a path, pixels,
+    """Indexed by position in the run. Each epoch shuffles the row groups and their rows. groups: [(n, read)],
+    where read() gives n rows: (caption, winner, loser or None) or, for a tie, None. An image is bytes, a path, pixels,
     or the reason why there is none. pauses: the seconds after which an unreadable group is tried again."""
 
     def __init__(self, o, source, groups, pauses=()):
@@ -543,7 +543,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4
 
 
 def to_pixels(picture, o, mirror=False, start=0.0):
-    """Bytes or a path -> (3, R, R) in [-1, 1]; a video -> (3, F, R, R). Tensors are only mirrored. Else ValueError."""
+    """Bytes or a path -> (3, R, R) in [-1, 1]; a video -> (3, F, R, R). Tensor: only mirrored. Failure: ValueError."""
     if not isinstance(picture, torch.Tensor):
         try:
             need(not isinstance(picture, str), picture)  # text says why there is no picture
@@ -604,7 +604,7 @@ def open_data(o):
         seeds = range(512 if o.data == "mini-mixture" else 1)  # the base model hardly sees a picture twice
         return Winners(o, o.data, [(2048, functools.partial(mini_rows, o.data, 2048, seed)) for seed in seeds])
     if os.path.isdir(o.data) and o.loser != "data":  # captioned files win over Parquet in the same folder
-        with explained(f"--data {o.data} cannot be read", "metadata.jsonl needs file_name and text, or use name.txt"):
+        with explained(f"--data {o.data} cannot be read", "metadata.jsonl needs file_name, text; or 1.txt for 1.jpg"):
             rows = folder_rows(Path(o.data), VIDEO_ENDINGS if o.frames else IMAGE_ENDINGS)
         if rows:
             return Winners(o, o.data, [(len(rows), lambda: rows)])
@@ -615,7 +615,7 @@ def open_data(o):
     return Winners(o, *parquet_groups(source if same else o.data))
 
 
-def files_below(folder):  # sorted, without hidden files and runs; linked folders are followed, each folder once
+def files_below(folder):  # sorted; no hidden files or run folders; linked folders are followed, each once
     files, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         is_run, real = "checkpoint-0" in folders and Path(where) != folder, os.path.realpath(where)
@@ -664,7 +664,7 @@ def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line
 
 
 def parquet_groups(name):
-    """Opens Parquet; the hub's is not stored -> its source, [(n, read) per row group], the pauses for Winners."""
+    """Opens Parquet, the hub's without storing it -> source, [(n, read) per row group], pauses for Winners."""
     source, root, system = name, Path(name), None
     advice = f"it takes pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
     with explained(f"--data {source} cannot be read", advice, Exception):
@@ -714,7 +714,7 @@ def of_train(source, names):  # the files with `train` as a word of their path; 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or a diffusers folder (save_pretrained after from_single_file makes one); runs: --unet"
+FOLDER_OR_ID = "give a hub id or diffusers folder (by from_single_file + save_pretrained); for a run, use --unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise schedule
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -729,9 +729,9 @@ class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, no
             self.scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
         need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} lacks its tokenizer")
         self.text, self.vae = (net.to(o.device).requires_grad_(False) for net in (text, vae))
-        self.vae.enable_slicing()  # one picture at a time: its activations are larger than the UNet's
+        self.vae.enable_slicing()  # one picture at a time: VAE activations are larger than UNet ones
         self.channels, self.width = vae.config.latent_channels, text.config.hidden_size
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent element and side: 8
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # image side / latent side: 8
 
     def encode_text(self, captions):  # -> (B, 77, 768)
         length = self.text.config.max_position_embeddings
@@ -759,7 +759,7 @@ def load_complete(kind, name, subfolder="", **options):
     model, info = kind.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"]} & {name for name, _ in model.named_parameters()})  # not buffers
     need(not missing, f"{name} lacks weights of a {kind.__name__}: {', '.join(missing[:2])}, ...")
-    for p in model.parameters():  # mapped weights are unaligned, and CPU kernels round by alignment
+    for p in model.parameters():  # mmapped weights are unaligned, which changes CPU rounding
         p.data = p.data.clone()
     return model
 
@@ -811,7 +811,7 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
-    fails = f"--model {o.model} is not SD 1.x: (latent channels, caption width) are {takes} in the UNet, else {gives}"
+    fails = f"--model {o.model} is not SD 1.x: (latent channels, caption width): UNet {takes}, other parts {gives}"
     with explained(fails, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may be wrong: try it
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
@@ -824,7 +824,7 @@ def fill(tensors, path):  # loads {name: tensor} from a safetensors file, in pla
     with explained(f"{path} cannot be read", RESTORE), safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             loaded = file.get_tensor(name)
-            need(loaded.shape == tensor.shape, f"{path} has another shape of {name}, from another run: {RESTORE}")
+            need(loaded.shape == tensor.shape, f"{path}: {name} has the shape of another run: {RESTORE}")
             tensor.copy_(loaded)
         return file.metadata()
 
@@ -910,12 +910,12 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; existing files are intact"
-RESTORE, AGAIN = "restore it, or choose another --out; several machines must share one", "if this stays, fix it"
+RESTORE, AGAIN = "restore it, or choose another --out; a run's machines must share it", "fix it if it repeats"
 LESS_MEMORY = "in this order, a lower --micro-batch, --gradient-checkpointing, a lower --generate-batch, --lora-rank"
 SAVE_SECONDS = 600  # a kill loses at most these seconds and the current update
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # shown on the progress bar
 MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out given".split()
-UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # not in the default --out, or there already
+UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # no extra part of the default --out's name
 
 
 @contextlib.contextmanager
@@ -978,7 +978,7 @@ def begin(o, data, trainer):  # refuses an --out that holds another experiment, 
 
 def save(o, trainer, captions, base, update, interval_ends=True):
     """Saves images (step-N.png: base model and policy, at every N from the same noise; anchor-N.png: the last pairs),
-    then the pool's next checkpoint, then the state, so that a kill in between leaves a run that can resume."""
+    then the next checkpoint, then the state, so that a kill in between leaves a run that can resume."""
     if o.rank == 0 and interval_ends:
         rows = {"base model": base} | ({f"update {update}": trainer.sample_images(captions)} if update else {})
         if o.model in MINI:
@@ -1099,11 +1099,11 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--lora-rank", "--rank", type=int, default=0, help="train low-rank adapters of the attention only; 0: none")
     add("--data", "--dataset_name", type=spelled, default="mini", help="mini, pickapic, captioned images, or Parquet")
     add("--max-winners", "--max_train_samples", type=int, help="use only the first N rows of the data")
-    add("--resolution", type=int, default=512, help="shorter side, then centre crop, in pixels")
+    add("--resolution", type=int, default=512, help="pixels per side, after a centre crop")
     add("--caption-dropout", type=float, default=0.2, help="share of captions replaced by the empty one")
     add("--out", "--output_dir", help="the run's folder [runs/MODEL-METHOD-...]")
     add("--steps", "--max_train_steps", type=int, default=210, help="updates")
-    add("--save-every", "--checkpointing_steps", type=int, default=30, help="updates between checkpoints of the pool")
+    add("--save-every", "--checkpointing_steps", type=int, default=30, help="updates between the run's checkpoints")
     add("--batch-size", type=int, default=2048, help="winners per update, over all devices")
     add("--micro-batch", type=int, help="winners per forward pass: lower it when memory runs out [what fits the GPU]")
     add("--lr", "--learning_rate", type=float, default=2.048e-5, help="rate after warm-up; not scaled by batch size")
@@ -1138,14 +1138,14 @@ def complete(o):  # derives options and refuses wrong combinations
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: save a model with that UNet as --model")
     need(o.sampler_steps < 1000, f"--sampler-steps must be below 1000, got {o.sampler_steps}")
-    need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout is from 0 to 1, --lora-rank 0 or more")
+    need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout must be 0 to 1, --lora-rank 0 or more")
     mini = o.model in MINI
     need(mini == (o.data in MINI_DATA), f"--data {o.data} does not go with --model {o.model}: add --model or --data")
-    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution is a multiple of 64 (toy task: 16)")
+    need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution must be a multiple of 64 (toy: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
     need(clips or not (o.motion_adapter or o.frames or o.train), "clips need --motion-adapter, and --frames 2 or more")
     o.micro_batch = min(o.micro_batch or 64, max(1, o.batch_size // o.world)) if mini else o.micro_batch
-    need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--batch-size is a multiple of --micro-batch x devices")
+    need(o.batch_size % ((o.micro_batch or 1) * o.world) == 0, "--micro-batch x devices must divide --batch-size")
 
 
 def join_devices(o):  # sets device, rank and world (from torchrun, or a single process) and dtype
@@ -1198,7 +1198,7 @@ def run(argv=None):  # all that the command does; one command at a time per fold
 def main(argv=None, work=run, program="seppo.py", less=LESS_MEMORY):
     """The command. Returns the exit code: 0, or 2 after one line that says what to do; 130 after Ctrl-C."""
     for library in (diffusers.utils, transformers.utils, huggingface_hub):
-        library.logging.set_verbosity(50)  # critical: errors are printed once, below
+        library.logging.set_verbosity(50)  # level CRITICAL: errors are printed below
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     prints = re.fullmatch("0*", os.environ.get("RANK", "0"))
