@@ -63,7 +63,7 @@ from tqdm import tqdm
 #
 # Sign +1: the policy has the smaller error on the winner, so x^r is the loser of a DPO pair. Sign -1: the
 # reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, because the
-# policy and its reference have equal weights; only the winner counts. (inferred) below: deduced from paper or code.
+# policy and its reference have equal weights; only the winner counts. "(inferred)": deduced from the paper or code.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
@@ -110,7 +110,7 @@ METHODS = {  # six methods: where x^r comes from, which checkpoint is the refere
     "spin": dict(loser="generated", reference="latest", flip="none"),
     "ditto": dict(loser="generated", reference="initial", flip="none"),
     "dpo": dict(loser="data", reference="initial", flip="none"),
-    "sft": dict(loser="none", reference="initial", flip="none"),  # without x^r the other two are unused
+    "sft": dict(loser="none", reference="initial", flip="none"),  # no x^r: reference, flip are unused
 }
 
 
@@ -245,7 +245,7 @@ class Trainer:
         self.sums, self.overflow = Counter(), False  # of this update: {statistic: sum}; Counter.update adds
         self.latest_pairs = deque(maxlen=12 if o.model in MINI else 4)  # latest pairs: caption, x_w, x_r, sign
 
-    def set_reference(self, update):  # same draw for a whole interval (inferred): the seed has k, not update
+    def set_reference(self, update):  # same draw for a whole interval (inferred): seeded by k, not update
         k = update // self.o.save_every + 1
         index = choose_reference(k, self.o.reference, torch.Generator().manual_seed(key(self.o.seed, "reference", k)))
         if index != self.reference_index:
@@ -310,7 +310,7 @@ class Trainer:
             i = batch.get("sign", torch.ones_like(t)).nonzero()[:, 0]  # 0: no x^r is needed
             batch["x_r"] = x_w.clone()
             if len(i):
-                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], encoded[i])  # no caption is dropped
+                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], encoded[i])  # all captions are kept
         for first in range(0, len(t), o.micro_batch):
             some = slice(first, first + o.micro_batch)
             micro = {name: value[some] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
@@ -404,7 +404,7 @@ def train(o, kind=Trainer):
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     need(not trainer.progress["in_a_row"], f"the last update was skipped (non-finite gradients): {REMEDY}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows images of the base model and of the trained model.")
-    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # without it: base weights
+    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else policy = base model
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.sample_images(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
@@ -552,7 +552,7 @@ def to_pixels(picture, o, mirror=False, start=0.0):
             fitted = [ImageOps.fit(frame, (o.resolution, o.resolution), Image.BILINEAR) for frame in pictures]
             need(len(fitted) == (o.frames or 1), f"{len(fitted)} frames, --frames is {o.frames}")
         except Exception as error:  # untrusted bytes can make a decoder raise anything
-            raise ValueError(f"no readable picture: {str(error).partition(' <_io.')[0]}") from error  # no RAM address
+            raise ValueError(f"no readable picture: {str(error).partition(' <_io.')[0]}") from error  # drops "0x..."
         values = torch.frombuffer(bytearray().join(frame.tobytes() for frame in fitted), dtype=torch.uint8)
         picture = values.view(-1, o.resolution, o.resolution, 3).permute(3, 0, 1, 2) / 127.5 - 1  # (3, F, R, R)
         picture = picture if o.frames else picture[:, 0]
@@ -664,9 +664,9 @@ def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line
 
 
 def parquet_groups(name):
-    """Opens Parquet, the hub's without storing it -> source, [(n, read) per row group], pauses for Winners."""
+    """Opens Parquet; the hub's is not stored -> source, [(n, read) per row group], pauses for Winners."""
     source, root, system = name, Path(name), None
-    advice = f"it takes pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
+    advice = f"use pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
     with explained(f"--data {source} cannot be read", advice, Exception):
         if root.exists():
             names = [str(file.relative_to(root)) for file in files_below(root)]
@@ -714,7 +714,7 @@ def of_train(source, names):  # the files with `train` as a word of their path; 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or diffusers folder (by from_single_file + save_pretrained); for a run, use --unet"
+FOLDER_OR_ID = "give a hub id or diffusers folder (convert by from_single_file + save_pretrained); a run: --unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise schedule
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -765,7 +765,7 @@ def load_complete(kind, name, subfolder="", **options):
 
 
 def load_unet(name, *kinds, fuse=None):
-    """A net of one of these classes, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint. If
+    """A net of a class in `kinds`, in fp32: NAME/unet, NAME/motion_adapter, NAME, or a run's last checkpoint. If
     `fuse` is given and NAME is or holds a LoRA (file, folder or hub id), the result is fuse(LoRA file)."""
     last = sorted(map(str, Path(name).glob("checkpoint-*[0-9]")), key=lambda folder: (len(folder), folder))[-1:]
     lora = [file for file in (Path(name), *(Path(where, LORA_FILE) for where in (name, *last))) if file.is_file()]
@@ -910,12 +910,12 @@ def untrained_mini():
 # ---- 8. Files and the command line ----------------------------------------------------------------------------------
 
 ROOM = "make room, or choose another --out; existing files are intact"
-RESTORE, AGAIN = "restore it, or choose another --out; a run's machines must share it", "fix it if it repeats"
-LESS_MEMORY = "in this order, a lower --micro-batch, --gradient-checkpointing, a lower --generate-batch, --lora-rank"
+RESTORE, AGAIN = "restore it, or use another --out; a run's machines must share --out", "retry, or repair it"
+LESS_MEMORY = "in this order: a lower --micro-batch, --gradient-checkpointing, a lower --generate-batch, --lora-rank"
 SAVE_SECONDS = 600  # a kill loses at most these seconds and the current update
 SHOWN = ("policy_w", "reference_w", "implicit_acc", "sign_neg")  # shown on the progress bar
 MACHINE = "micro_batch generate_batch gradient_checkpointing compile device dtype half rank world out given".split()
-UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # no extra part of the default --out's name
+UNNAMED = {"model", "method", *MACHINE} - {"dtype"}  # not appended to the default --out's name
 
 
 @contextlib.contextmanager
@@ -1166,7 +1166,7 @@ def join_devices(o):  # sets device, rank and world (from torchrun, or a single 
     if o.device.type == "cuda":
         torch.cuda.set_device(o.device)
         torch.backends.cudnn.allow_tf32 = False  # keep fp32 exact
-        torch.backends.cuda.enable_cudnn_sdp(False)  # policy and reference might get different kernels of it
+        torch.backends.cuda.enable_cudnn_sdp(False)  # policy and reference might get different cuDNN kernels
     o.dtype = "fp32" if o.dtype == "no" else o.dtype or ("fp16" if o.device.type == "cuda" else "fp32")
     o.half = torch.float16 if o.dtype == "fp16" else torch.float32  # for modules used only for inference
 

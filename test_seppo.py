@@ -999,7 +999,7 @@ def test_every_flaw_costs_score_and_the_preferred_picture_is_the_best_of_sixteen
 
 REFUSED = """--lr 0 => --lr must be positive | --beta nan => --beta must be positive | --bet 3 => unrecognized
 --batch-size 10 --micro-batch 4 => must divide --batch-size | --resolution 20 => multiple of 64
---lora-rank 2 --unet x => do not combine | --caption-dropout 2 => from 0 to 1
+--lora-rank 2 --unet x => do not combine | --caption-dropout 2 => must be 0 to 1
 --device tpu => --device tpu must be | --device cuda:99999999999 => must be cpu
 --sampler-steps 1000 => must be below 1000
 --frames 4 => clips need --motion-adapter | --model x => does not go with --model x
