@@ -1009,7 +1009,7 @@ REFUSED = """--lr 0 => --lr must be positive | --beta nan => --beta must be posi
 @./nowhere => no such file or folder | @pairs --unet lora/run => no such file or folder | @lora --method dpo => Parquet
 @pairs --unet adapter => holds a MotionAdapter | @clips --motion-adapter model => holds a UNet2DConditionModel
 @clips --motion-adapter adapter --frames 9 => the limit is 8 | @pairs --out p.json/run => cannot be written
-@clips --motion-adapter adapter --frames 4 --method dpo => captioned clips | @pairs --out flat => choose another
+@clips --motion-adapter adapter --frames 4 --method dpo => captioned clips | @pairs --out flat => use another
 @clips --motion-adapter adapter --frames 4 --unet headless => has no middle block | @pairs --out locked => another com
 @pairs --model file => from_single_file | @pairs --unet file => from_single_file | @pairs --unet lora => single_file
 RANK= => use torchrun | WORLD_SIZE=2 => use torchrun | @lora => beside name.jpg
