@@ -387,7 +387,7 @@ def train(o, kind=Trainer):
                 n = min(chunk, share - first)
                 trainer.gradient([next(rows) for _ in range(n)])
                 bar.update(n * o.world)
-                if (update, first) == (done, 0):  # restart tqdm's clock: the first chunk opened files and warmed up
+                if (update, first, o.rank) == (done, 0, 0):  # restart tqdm's clock: the first chunk also opened files
                     bar.initial, bar.start_t = bar.n, bar.last_print_t
             entry, seconds = trainer.step(update), time.perf_counter() - start
             peak = torch.cuda.max_memory_allocated(o.device) / 1e9 if o.device.type == "cuda" else None
