@@ -659,7 +659,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-    need(-(2**63) <= o.seed < 2**63, "--seed must fit in 64 bits, got {o.seed}")
+    need(-(2**63) <= o.seed < 2**63, f"--seed must fit in 64 bits, got {o.seed}")
     mini = o.model in seppo.MINI
     need(o.resolution == 16 if mini else o.resolution % 64 == 0, "--resolution must be a multiple of 64 (mini: 16)")
     clips = not mini and o.motion_adapter and o.frames > 1
