@@ -293,7 +293,8 @@ def find_files(name, folder=None):
                 found.append(path)
                 break
         else:
-            raise UserError(f"{folder or 'the cache'} lacks {repository}/{files[0]}, which {SCORERS[name][0]} needs")
+            where = folder or "the hub (offline: its cache)"
+            raise UserError(f"{where} lacks {repository}/{files[0]}, which {SCORERS[name][0]} needs")
     return found
 
 

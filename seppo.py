@@ -59,11 +59,11 @@ from tqdm import tqdm
 #     s_w  = m(x^w; theta) - m(x^w; ref)                 winner, policy minus reference
 #     s_r  = m(x^r; theta) - m(x^r; ref)                 reference sample, policy minus reference
 #     sign = sgn(-s_w)                                   the anchor criterion, at this (t, eps); no gradient
-#     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      1/2 replaces the paper's T w(lambda_t)
+#     L    = -log sigmoid(-beta/2 (s_w - sign s_r))      1/2 replaces the paper's T omega(lambda_t)
 #
 # Sign +1: the policy has the smaller error on the winner, so x^r is the loser of a DPO pair. Sign -1: the
 # reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, because the
-# policy and its reference have equal weights; only the winner counts. "(inferred)": deduced from the paper or code.
+# policy and its reference have equal weights; only the winner counts. "(inferred)": deduced, not stated.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
@@ -71,12 +71,12 @@ def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors 
 
 
 def seppo_loss(*, policy_w, reference_w, policy_r, reference_r, beta=2000.0, flip="sign", sign=None):
-    """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's 1/2 for T w(lambda_t)), one value per pair.
+    """SePPO's loss (arXiv 2410.05255, with Diffusion-DPO's 1/2 for T omega(lambda_t)), one value per pair.
     policy_w, reference_w, policy_r, reference_r: (B,) mean squared errors >= 0, each named by net and sample
     (reference_w: the reference's error on x^w), keyword-only, because other code orders them otherwise. Compute all
     with the same dtype, kernels and batch shape, and pass them in fp32, because beta multiplies rounding errors.
-    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator` (sspo): (sign > 0),
-    where -1 becomes 0. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Raises ValueError otherwise.
+    flip: how the sign is used. `sign`: the paper's Anchor-based Adaptive Flipper. `indicator` (sspo): -1 becomes 0,
+    only the winner counts. `none`: x^r always loses, as in Diffusion-DPO and SPIN-Diffusion. Else: ValueError.
     sign: (B,) signs that Trainer.anchor_sign has decided, or None to compute them here. `flip` is applied either way.
     Returns the (B,) losses (the log-sigmoid is taken per pair: average afterwards) and a dict of detached (B,)
     tensors: the `sign` used, `logit`, the implicit rewards `reward_w`, `reward_r`."""
@@ -243,7 +243,7 @@ class Trainer:
         self.progress = {"scale": 1.0, "skipped_rows": 0, "skipped_updates": 0, "in_a_row": 0}
         self.autocast = functools.partial(torch.autocast, o.device.type, torch.float16, enabled=o.dtype == "fp16")
         self.sums, self.overflow = Counter(), False  # of this update: {statistic: sum}; Counter.update adds
-        self.latest_pairs = deque(maxlen=12 if o.model in MINI else 4)  # latest pairs: caption, x_w, x_r, sign
+        self.latest_pairs = deque(maxlen=12 if o.model in MINI else 4)  # (caption, x_w, x_r, sign)
 
     def set_reference(self, update):  # same draw for a whole interval (inferred): seeded by k, not update
         k = update // self.o.save_every + 1
@@ -677,7 +677,7 @@ def parquet_groups(name):
             root = f"datasets/{source}"
             system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks download unneeded data
         names = of_train(source, [file for file in names if file.endswith(".parquet")])
-        need(names or os.path.isfile(name), f"--data {source} needs name.txt beside name.jpg, or Parquet")
+        need(names or os.path.isfile(name), f"--data {source} needs name.txt beside name.jpg (not dpo), or Parquet")
         files = [f"{root}/{file}" for file in names] or [name]
         files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
@@ -727,7 +727,7 @@ class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, no
             vae = load_complete(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")  # may be empty
             self.scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
-        need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} lacks its tokenizer")
+        need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} has no tokenizer that fits")
         self.text, self.vae = (net.to(o.device).requires_grad_(False) for net in (text, vae))
         self.vae.enable_slicing()  # one picture at a time: VAE activations are larger than UNet ones
         self.channels, self.width = vae.config.latent_channels, text.config.hidden_size
@@ -791,8 +791,8 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
     kinds = ["UNet2DConditionModel", *["UNetMotionModel"] * bool(o.motion_adapter and o.unet)]
     with explained(f"--{'unet' if o.unet else 'model'} {where} cannot be read", FOLDER_OR_ID, Exception):
         policy = untrained_mini() if where == "mini-untrained" else load_unet(where, *kinds)
-    levels = codec.scheduler.config
-    need(levels.prediction_type in ("epsilon", "v_prediction"), f"--model {o.model} must predict epsilon or v")
+    levels, kind = codec.scheduler.config, codec.scheduler.config.prediction_type
+    need(kind in ("epsilon", "v_prediction"), f"--model {o.model} predicts {kind}, not epsilon or v_prediction")
     need(o.solver != "pndm" or not levels.rescale_betas_zero_snr, "--solver pndm cannot start at pure noise: use ddim")
     if o.motion_adapter:
         need(policy.mid_block, f"--motion-adapter: the UNet of {where} has no middle block, which an adapter needs")

@@ -1,6 +1,6 @@
 """The study: which method to use without tuning, which with it, and how well does SePPO's sign judge samples?
 
-    python assets/study.py            # about 940 runs, eleven hours on two cores; run it again to resume
+    python assets/study.py            # 936 runs, eleven hours on two cores; run it again to resume
     python assets/study.py --tables   # no runs: study.md and study.png, from the lines of study.jsonl
 
 In the world `far` the base model has not seen preferred pictures; in `near` it was first fine-tuned on them. Every
@@ -108,9 +108,9 @@ def measure_net(folder):
 
 @torch.no_grad()
 def anchor_truth(run, rule, seed, n=256, many=16):
-    """How well the sign -1 finds the better x^r: rates over n winners and `many` draws of (t, eps), as means
-    over the pairs of the run's checkpoints that the rule allows. better: x^r scores above the policy's picture of the
-    same noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, minus the rate over all.
+    """How well the sign -1 finds the better x^r: rates over n winners and `many` draws of (t, eps), as means over the
+    pairs of the run's checkpoints that the rule allows. better: x^r scores above the policy's picture of the same
+    noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, minus the rate over all.
     gain_many: the same for the mean error of all draws. agrees: mean error and mean score prefer the same model."""
     captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
