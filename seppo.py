@@ -63,7 +63,7 @@ from tqdm import tqdm
 #
 # Sign +1: the policy has the smaller error on the winner, so x^r is the loser of a DPO pair. Sign -1: the
 # reference is the better model here, so its sample counts as a second winner. 0: the errors are equal, because the
-# policy and its reference have equal weights; only the winner counts. "(inferred)": deduced, not stated.
+# policy and its reference have equal weights; only the winner counts. "(inferred)": not stated in the paper.
 
 
 def anchor_criterion(policy_w, reference_w):  # sgn(-s_w), from the (B,) errors of x^w
@@ -212,7 +212,7 @@ class Trainer:
             self.reference = copy.deepcopy(policy, frozen).requires_grad_(False)
         if o.dtype == "fp16" and (self.reference or o.part != "unet"):
             self.half_copy = copy.deepcopy(policy).half().requires_grad_(False)  # precise enough for generating
-            # Autocast rounds all matrices anyway, so the nets share one fp16 copy of the frozen ones. Files are fp32.
+            # Autocast rounds all matrices anyway, so the nets share one fp16 copy of the frozen ones. Saved as fp32.
             for net in filter(None, (self.reference, policy if o.part != "unet" else None)):
                 for own, copied in zip(net.modules(), self.half_copy.modules()):
                     if type(own) in (torch.nn.Linear, torch.nn.Conv2d) and not own.weight.requires_grad:
@@ -310,7 +310,7 @@ class Trainer:
             i = batch.get("sign", torch.ones_like(t)).nonzero()[:, 0]  # 0: no x^r is needed
             batch["x_r"] = x_w.clone()
             if len(i):
-                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], encoded[i])  # all captions are kept
+                batch["x_r"][i] = self.generate(self.sampling_net, noise_r[i], encoded[i])  # no caption dropout
         for first in range(0, len(t), o.micro_batch):
             some = slice(first, first + o.micro_batch)
             micro = {name: value[some] for name, value in batch.items()} | {"beta": o.beta, "flip": o.flip}
@@ -376,7 +376,7 @@ def train(o, kind=Trainer):
     chunk = max(o.generate_batch, o.micro_batch)  # winners per call of Trainer.gradient
     chunk *= 4 if o.flip == "indicator" else 1  # only about half need an x^r: keep the sampler's batches full
     positions = [u * o.batch_size + o.rank * share + i for u in range(done, o.steps) for i in range(share)]
-    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # save after one update, to notice a full disk
+    rows, saved = data.fetch(positions, ahead=2 * chunk), -math.inf  # -inf: save after one update, to see a full disk
     total, log = o.steps * o.batch_size, o.out / "metrics.jsonl"
     with tqdm(initial=done * o.batch_size, total=total, unit="winner", smoothing=0, disable=o.rank > 0) as bar:
         for update in range(done, o.steps):
@@ -404,7 +404,7 @@ def train(o, kind=Trainer):
         print(f"{len(data.unusable)} unusable rows were replaced:", "; ".join([*data.unusable][:9]))
     need(not trainer.progress["in_a_row"], f"the last update was skipped (non-finite gradients): {REMEDY}")
     print(f"Done. {o.out}/samples/step-{o.steps}.png shows images of the base model and of the trained model.")
-    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else policy = base model
+    if o.model in MINI and o.rank == 0 and (o.out / "resume.safetensors").exists():  # else still the base model
         before, after = (mini_score(pixels, captions) for pixels in (base, trainer.sample_images(captions)))
         better = f"better for {100 * (after > before).float().mean():.0f} % of {len(captions)} images"
         print(f"Mean score {before.mean():.2f} -> {after.mean():.2f} (1 is flawless, 0 is plain grey), {better}.")
@@ -560,7 +560,7 @@ def to_pixels(picture, o, mirror=False, start=0.0):
 
 
 def read_picture(picture):
-    """Bytes, a path (not a string: paths named inside a Parquet file are never opened), or a dict as in `datasets`."""
+    """Bytes, a Path (never a str: paths named in a Parquet file are not opened), or a dict as in `datasets`."""
     picture = picture["bytes"] if isinstance(picture, dict) else picture
     need(picture is not None, "jpg_0 or jpg_1 has no bytes: store the image itself, not a path, in the Parquet")
     with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture), formats=KINDS) as image:
@@ -664,7 +664,7 @@ def folder_rows(folder, endings):  # metadata.jsonl (file_name and text per line
 
 
 def parquet_groups(name):
-    """Opens Parquet; the hub's is not stored -> source, [(n, read) per row group], pauses for Winners."""
+    """Opens Parquet (the hub's without storing it) -> source, [(n, read) per row group], pauses for Winners."""
     source, root, system = name, Path(name), None
     advice = f"use pickapic ({' or '.join(PICKAPIC)}), captioned pictures, or Parquet with {', '.join(COLUMNS)}"
     with explained(f"--data {source} cannot be read", advice, Exception):
@@ -677,7 +677,7 @@ def parquet_groups(name):
             root = f"datasets/{source}"
             system = huggingface_hub.HfFileSystem(block_size=2**16)  # larger blocks download unneeded data
         names = of_train(source, [file for file in names if file.endswith(".parquet")])
-        need(names or os.path.isfile(name), f"--data {source} needs name.txt beside name.jpg (not dpo), or Parquet")
+        need(names or os.path.isfile(name), f"--data {source} needs Parquet or (not for dpo) x.txt beside x.jpg")
         files = [f"{root}/{file}" for file in names] or [name]
         files = pyarrow.dataset.dataset(files, filesystem=system, format="parquet").get_fragments()
         with ThreadPoolExecutor(16) as pool:  # the footers of 645 shards
@@ -714,7 +714,7 @@ def of_train(source, names):  # the files with `train` as a word of their path; 
 
 # ---- 6. The models --------------------------------------------------------------------------------------------------
 
-FOLDER_OR_ID = "give a hub id or diffusers folder (convert by from_single_file + save_pretrained); a run: --unet"
+FOLDER_OR_ID = "give a hub id or diffusers folder (convert: from_single_file, save_pretrained); runs: use --unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ANIMATEDIFF = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)  # its noise schedule
 ANIMATEDIFF |= dict(trained_betas=None, timestep_spacing="linspace", rescale_betas_zero_snr=False)
@@ -725,7 +725,7 @@ class StableDiffusion:  # everything around the UNet: VAE, CLIP text encoder, no
         with explained(f"--model {o.model} cannot be read", FOLDER_OR_ID, Exception):
             text = load_complete(transformers.CLIPTextModel, o.model, "text_encoder", dtype=o.half)
             vae = load_complete(AutoencoderKL, o.model, "vae", torch_dtype=o.half, low_cpu_mem_usage=False)
-            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")  # may be empty
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(o.model, subfolder="tokenizer")  # maybe empty
             self.scheduler = DDPMScheduler.from_pretrained(o.model, subfolder="scheduler")
         need(9 < len(self.tokenizer) <= text.config.vocab_size, f"--model {o.model} has no tokenizer that fits")
         self.text, self.vae = (net.to(o.device).requires_grad_(False) for net in (text, vae))
@@ -811,7 +811,7 @@ def load_models(o):  # -> the policy's UNet in fp32, and the codec (StableDiffus
         policy.add_adapter(LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, **targets))
     policy.to(o.device).eval()  # dropout would make policy and reference differ
     takes, gives = (policy.config.in_channels, policy.config.cross_attention_dim), (codec.channels, codec.width)
-    fails = f"--model {o.model} is not SD 1.x: (latent channels, caption width): UNet {takes}, other parts {gives}"
+    fails = f"--model {o.model} is not SD 1.x: (latent channels, caption width) of UNet: {takes}, of the rest: {gives}"
     with explained(fails, FOLDER_OR_ID, Exception), torch.no_grad():  # a configuration may be wrong: try it
         x = torch.zeros(1, codec.channels, *[1] * bool(o.frames), 8, 8, device=o.device)
         policy(x, 1, encoder_hidden_states=codec.encode_text([""]))
@@ -1090,7 +1090,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--loser", choices=("generated", "data", "none"), help="where x^r, the loser of a pair, comes from")
     add("--reference", choices=("random", "latest", "initial"), help="which earlier checkpoint is the reference")
     add("--flip", choices=("sign", "indicator", "none"), help="how the anchor criterion's sign is used")
-    add("--beta", type=float, default=2000.0, help="how firmly the reference holds the policy; tune it and --lr first")
+    add("--beta", type=float, default=2000.0, help="higher: the policy stays closer to the reference")
     add("--model", "--pretrained_model_name_or_path", type=spelled, default="mini", help="mini, a folder, or a hub id")
     add("--unet", type=spelled, help="start from this UNet instead of the model's own: a folder, a run, or a hub id")
     add("--motion-adapter", type=spelled, help="a folder or hub id: makes --model a text-to-video model")
@@ -1116,7 +1116,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale; 1: none")
     add("--compile", action="store_true", help="compile the net that generates (speed-up not measured)")
     add("--device", help="cpu, cuda or cuda:1 [auto]")
-    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision; no: fp32 [fp16 on a GPU]")
+    add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision; `no` is fp32 [fp16 on a GPU]")
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**MINI.get(known.model, CLIPS if known.motion_adapter else {}))
     o = parser.parse_args(argv)
@@ -1136,7 +1136,7 @@ def complete(o):  # derives options and refuses wrong combinations
     for name, value in vars(o).items():
         if type(value) in (int, float) and name not in ("seed", "caption_dropout", "rank", "lora_rank"):
             need(0 < value < math.inf, f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-    need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: save a model with that UNet as --model")
+    need(not (o.lora_rank and o.unet), "--lora-rank and --unet do not combine: use a --model saved with that UNet")
     need(o.sampler_steps < 1000, f"--sampler-steps must be below 1000, got {o.sampler_steps}")
     need(0 <= o.caption_dropout <= 1 and o.lora_rank >= 0, "--caption-dropout must be 0 to 1, --lora-rank 0 or more")
     mini = o.model in MINI

@@ -1012,7 +1012,7 @@ REFUSED = """--lr 0 => --lr must be positive | --beta nan => --beta must be posi
 @clips --motion-adapter adapter --frames 4 --method dpo => captioned clips | @pairs --out flat => use another
 @clips --motion-adapter adapter --frames 4 --unet headless => has no middle block | @pairs --out locked => another com
 @pairs --model file => from_single_file | @pairs --unet file => from_single_file | @pairs --unet lora => single_file
-RANK= => use torchrun | WORLD_SIZE=2 => use torchrun | @lora => beside name.jpg
+RANK= => use torchrun | WORLD_SIZE=2 => use torchrun | @lora => beside x.jpg
 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 => use torchrun | eval.py --protocol best => invalid choice
 eval.py --scorers clip,beauty => choose from pickscore | eval.py --scorers mini => for --model mini
 eval.py --scorer-weights no => not a folder | eval.py --scorer-weights flat => a folder for each repository
