@@ -47,7 +47,7 @@ from seppo import UserError, atomic, explained, need
 SCORERS = {"pickscore": ("PickScore", 100), "hpsv2": ("HPSv2", 100), "hpsv2.1": ("HPSv2.1", 100)}
 SCORERS |= {"imagereward": ("ImageReward", 1), "aesthetic": ("Aesthetic", 1), "clip": ("CLIPScore", 100)}
 SCORERS |= {"mini": ("Score", 1)}
-PAPER = {"pickscore": 21.57, "hpsv2": 27.20, "imagereward": 0.615}  # SePPO on validation_unique, a single run
+PAPER = {"pickscore": 21.57, "hpsv2": 27.20, "imagereward": 0.615}  # SePPO on --prompts pickapic, one run
 
 
 def win_rate(scores, base, z=1.959964):
@@ -253,7 +253,7 @@ def from_open_clip(state):
     state = {key: tensor.T if key in ("visual.proj", "text_projection") else tensor for key, tensor in state.items()}
     split = {}
     for key, tensor in renamed(state, CLIP_KEYS).items():
-        if "in_proj_" in key:  # q, k and v are one tensor there
+        if "in_proj_" in key:  # the original fuses q, k and v
             split |= {key.replace("in_proj_", f"{p}_proj."): third for p, third in zip("qkv", tensor.chunk(3))}
         else:
             split[key] = tensor
@@ -269,7 +269,7 @@ FILES["imagereward"] = [(REWARD, "med_config.json"), (REWARD, "ImageReward.pt"),
 FILES["aesthetic"] += [(AESTHETIC, AESTHETIC_FILE)]
 
 
-def is_online():  # asked first, as hf_hub_download tries for 20 seconds per file without a network
+def is_online():  # asked first: offline, hf_hub_download tries for 20 seconds per file
     with contextlib.suppress(Exception):
         return bool(huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT))
 
@@ -358,7 +358,7 @@ def named_prompts(name):
     hub = functools.partial(huggingface_hub.hf_hub_download, repo_type="dataset")
     if name == "mini":
         return [seppo.CAPTIONS[i % len(seppo.CAPTIONS)] for i in range(NAMED[name])]
-    if name == "parti":  # as `datasets` does
+    if name == "parti":  # the way `datasets` reads it
         lines = Path(hub(PARTI, "PartiPrompts.tsv")).read_text("utf-8").split("\n")
         return list(csv.DictReader(lines, delimiter="\t"))
     if name == "hpsv2":
@@ -392,7 +392,7 @@ def prompt_of(number, row):  # a string, or an object that holds one; spaces at 
 def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=torch.float32):
     """The (C, h, w) fp32 noise that each prompt's picture starts from: a list, on the CPU.
     paired: seeded by (seed, prompt, earlier occurrences of it), so a prompt's noise is the same in any list.
-    paper: from one generator, on the device and in the dtype of the pipeline, in prompt order, as a loop over
+    paper: from one generator, on the device and in the dtype of the pipeline, in prompt order, as a loop with
     diffusers' pipeline draws it (PNDM draws nothing else). It is drawn up front, so resuming changes nothing."""
     if protocol == "paper":
         g = torch.Generator(device).manual_seed(seed)
@@ -408,7 +408,7 @@ def start_noise(prompts, shape, seed=0, protocol="paired", device="cpu", dtype=t
 # ---- 4. The pictures ------------------------------------------------------------------------------------------------
 
 
-def find_unets(o):  # --unet -> {name: folder or hub id}, the base first; for the toy task, the run's own checkpoint-0
+def find_unets(o):  # --unet -> {name: folder or hub id}, base first (toy task: the run's own checkpoint-0)
     found = {"base": None}
     for spec in dict.fromkeys(o.unet or ([last_run(o.model)] if o.model in seppo.MINI else [])):
         name, equals, where = spec.partition("=")
@@ -455,8 +455,8 @@ def fuse_lora(base, file):
     except TypeError as error:  # the file's header has options that this version of peft lacks
         raise ValueError(str(error.__cause__ or error)) from None
     taken = {f"unet.{name.replace('.default_0.', '.')}" for name, _ in unet.named_parameters() if ".lora_" in name}
-    left = f"{file}: this UNet takes {len(taken)} of its {len(names)} weights, not {min(names - taken, default=file)}"
-    need(len(taken) == len(names), f"{left}: it may train nothing but the UNet, with diffusers' or kohya-ss names")
+    left = f"{file}: the UNet takes {len(taken)} of {len(names)} weights, e.g. not {min(names - taken, default=file)}"
+    need(len(taken) == len(names), f"{left}: a LoRA must train only the UNet, with diffusers' or kohya-ss names")
     unet.fuse_lora()
     unet.unload_lora()
     return unet
@@ -464,7 +464,7 @@ def fuse_lora(base, file):
 
 def load_checked(name, where, base, kind):
     """Loads a UNet and checks that it has the base's shape and prediction type. A video model may be motion
-    modules only. Without `where` it is the base. Raises UserError."""
+    modules only. `where` None: the base. Raises UserError."""
     if where is None:
         return copy.deepcopy(base)
     spec, advice = f"--unet {name}={where}", "it takes runs, checkpoints, UNets, LoRAs and hub ids"
@@ -484,7 +484,7 @@ def load_checked(name, where, base, kind):
 
 
 def digest(*parts):
-    """A short hash of modules (weights and configuration), tensors, and any value, by its repr."""
+    """A short hash of modules (weights and configuration), tensors, and other values' reprs."""
     h = hashlib.blake2b(digest_size=6)
     for item in parts:
         if isinstance(item, torch.nn.Module):
@@ -632,7 +632,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     parser.error = lambda message: need(False, f"{message} (--help lists the options)")
     add = lambda *names, help, **o: parser.add_argument(*names, help=help + " [%(default)s]" * ("default" in o), **o)
     add("--model", "--pretrained_model_name_or_path", type=seppo.spelled, default="mini", help="the base model")
-    add("--unet", nargs="+", help="to compare with --model: runs, checkpoints, UNets, LoRAs, hub ids; or NAME=ONE")
+    add("--unet", nargs="+", help="compare with --model: runs, checkpoints, UNets, LoRAs, hub ids; or NAME=WHERE")
     add("--motion-adapter", type=seppo.spelled, help="makes --model text-to-video; --unet also takes adapters")
     add("--frames", "--num_frames", type=int, help="frames per clip [16]")
     add("--prompts", default="pickapic", help=f"{', '.join(NAMED)}, or a file: text, JSONL, or a JSON list")
@@ -645,7 +645,7 @@ def parse_args(argv=None):  # a command line -> all options; raises UserError
     add("--guidance", "--guidance_scale", type=float, default=7.5, help="classifier-free guidance scale, 1: none")
     add("--resolution", type=int, default=512, help="pixels")
     add("--seed", type=int, default=0, help="seed of the noise")
-    add("--batch-size", type=int, default=16, help="pictures (clips: 1) at a time; affects images slightly (rounding)")
+    add("--batch-size", type=int, default=16, help="pictures at a time (clips: [1]); rounding alters images slightly")
     add("--device", help="cpu, cuda or cuda:1 [auto]")
     add("--dtype", "--mixed_precision", choices=("fp16", "fp32", "no"), help="precision for sampling [fp16 on a GPU]")
     add("--out", "--output_dir", help="where table and pictures go [runs/eval-MODEL]")

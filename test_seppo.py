@@ -218,7 +218,7 @@ def test_draws_depend_only_on_seed_and_position():
 
 
 def test_the_calls_of_a_net(pipeline):
-    """Each frame of a clip has its own clip's caption. A step is one call, smaller without guidance, with no graph."""
+    """Each frame of a clip has its own clip's caption. A step is one call without gradient: B rows if unguided."""
     echo = Mock(side_effect=lambda x, t, encoder_hidden_states: argparse.Namespace(sample=encoder_hidden_states))
     words, net = torch.randn(2, 5, 16), load(pipeline / "unet")
     predicted = seppo.predict(echo, torch.zeros(2, 4, 3, 8, 8), torch.tensor([1, 2]), words)
@@ -266,7 +266,7 @@ def test_a_row_group_is_read_once_and_ahead_of_its_use():
 
     def winners(groups, n, *more):
         rows = lambda g: [(f"{g} {i}", jpeg(0) if i else None, None) for i in range(n)]  # the first has no picture
-        read_slowly = lambda g: (time.sleep(0.03), read.append(g), rows(g))[-1]  # another thread may ask meanwhile
+        read_slowly = lambda g: (time.sleep(0.03), read.append(g), rows(g))[-1]  # lets another thread ask for g
         read.clear()
         return seppo.Winners(options("y", *more), "y", [(n, lambda g=g: read_slowly(g)) for g in range(groups)])
 
@@ -302,7 +302,7 @@ def hub(monkeypatch):
     def drop(self, n=-1):
         info.down -= n > 100_000
         if n > 100_000 and info.down >= 0:
-            raise type("ConnectError", (Exception,), {})("no route")  # as httpx derives its errors
+            raise type("ConnectError", (Exception,), {})("no route")  # like httpx's: no OSError
         data = read(self, n)
         info.bytes += len(data)
         return data
@@ -659,7 +659,7 @@ def test_the_indicator_generates_only_what_it_uses(pipeline, tmp_path, monkeypat
 def test_half_precision(pipeline, pairs, monkeypatch):
     seen, gradient = [], seppo.Trainer.gradient
 
-    def checked(self, rows):  # the sampling net is the reference in fp16; nets share fp16 weights
+    def checked(self, rows):  # half_copy is the reference in fp16; all fp16 weights are its own
         held = [p for net in (self.policy, self.reference) for p in net.parameters() if p.dtype == torch.float16]
         shared = {*map(id, held)} <= {*map(id, self.half_copy.parameters())}
         seen.append(shared and same(copy.deepcopy(self.reference).half().state_dict(), self.half_copy.state_dict()))
@@ -677,8 +677,8 @@ def test_half_precision(pipeline, pairs, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeypatch, capsys):
-    """From such an update, found in its first or second chunk, nothing is learned, also when resuming. The loss scale
-    falls to a 16th, then rises by a tenth per update. Three updates in a row stop a run."""
+    """An update with a non-finite gradient in chunk 1 or 2 teaches nothing, also in a resumed run. The loss scale
+    falls to a 16th, then rises by a tenth per update. Three such in a row stop a run."""
     argv = ["--micro-batch", 2, "--generate-batch", 2, "--save-every", 1, "--dtype", "fp16", "--sampler-steps", 1]
     loss, calls, bad = seppo.batch_loss, Counter(), {2: 1, 4: 2, 6: 1}  # the update, and its chunk
     monkeypatch.setattr(seppo, "sample", sample := Mock(wraps=seppo.sample))
@@ -701,12 +701,12 @@ def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeyp
     assert progress()["scale"] == pytest.approx((1.1 / 16) ** 3) and progress()["in_a_row"] == 0
     assert sample.call_count == 2 * (7 + 1) - 2, "one update is repeated; a bad first chunk spares the second"
     bad, says = dict.fromkeys(range(2, 9), 1), {7: "updates 2 to 4 had non-finite gradients", 2: "the last update was"}
-    for steps in says:  # a run of two updates may just be a trial of a GPU
+    for steps in says:  # a two-update run may test a GPU: it must fail too
         calls.clear(), shutil.rmtree("run")
         assert run(pipeline, pairs, *argv, "--steps", steps) == 2 and says[steps] in capsys.readouterr().err
 
 
-def test_numeric_path_is_checked(pipeline, pairs, monkeypatch, capsys):
+def test_rounding_gap_is_checked(pipeline, pairs, monkeypatch, capsys):
     error = seppo.denoising_error
     for apart, code, says in ((1e-3, 2, "so signs are noise"), (1e-4, 0, "differ by 0.1 in the logit")):
         worse = lambda unet, *args: error(unet, *args) + apart * (not torch.is_grad_enabled())
@@ -745,7 +745,7 @@ def test_a_state_of_another_run_is_refused(pipeline, pairs, capsys):
         path.unlink() if file == "no" else shutil.copy(file, path)
         assert run(pipeline, pairs, *argv) == 2 and says in capsys.readouterr().err.splitlines()[-1], file
         assert metrics() == lines and Path("run/checkpoint-2").is_dir()
-    (config := json.loads(Path("other/config.json").read_text()))["options"].pop("solver")  # an option added later
+    (config := json.loads(Path("other/config.json").read_text()))["options"].pop("solver")  # an older config
     Path("other/resume.safetensors").unlink()  # a finished run needs none
     for text, code in {"[]": 2, "null": 2, '{"options": null}': 2, json.dumps(config): 0}.items():
         Path("other/config.json").write_text(text)
@@ -850,7 +850,7 @@ def test_clips(clips):
 
 @pytest.mark.parametrize("train", ["motion", pytest.param("all", marks=slow, id="slow-all")])
 def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
-    """Its errors match AnimateDiffPipeline's; both kinds of block are checkpointed; the last lines load the result."""
+    """Denoising errors are AnimateDiffPipeline's; both kinds of block recompute; the printed lines load the result."""
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", again := Mock(wraps=torch.utils.checkpoint.checkpoint))
     argv = ["--motion-adapter", adapter, "--frames", 4, "--train", train, "--caption-dropout", 0, "--guidance", 3]
     argv += ["--steps", 2, "--save-every", 2, "--generate-batch", 2]
@@ -888,7 +888,7 @@ def test_video_end_to_end(pipeline, adapter, clips, monkeypatch, capsys, train):
 
 @pytest.mark.parametrize("method", ["seppo", "sspo --dtype fp16"])
 def test_lora(pipeline, pairs, capsys, evaluate, method):
-    """Only attention adapters train; the pool holds only them; diffusers loads them as the last lines say."""
+    """Only attention adapters train; checkpoints hold only them; diffusers loads them as printed."""
     argv = ["--lora-rank", 2, "--reference", "latest", "--lr", 1e-2, "--method", *method.split()]
     assert run(pipeline, pairs, *argv) == 0
     said, base, state = capsys.readouterr().out, load(pipeline / "unet"), load_file(f"run/checkpoint-4/{ADAPTERS}")
@@ -934,7 +934,7 @@ def test_a_lora_has_the_strength_that_diffusers_gives_it_or_is_refused(pipeline,
     for taken, tensors in [*wrong, (n, kohya | scales), (n // 2, changed("attn1", "attn3", state))]:
         save_file(tensors, "wrong.safetensors")
         assert evaluate("--unet", "wrong.safetensors") == 2
-        assert f"takes {taken} of its {sum('alpha' not in k for k in tensors)} weights" in capsys.readouterr().err
+        assert f"takes {taken} of {sum('alpha' not in k for k in tensors)} weights" in capsys.readouterr().err
 
 
 def test_lora_of_motion_modules(pipeline, adapter, clips, capsys):
@@ -1418,7 +1418,7 @@ def test_a_line_of_the_study_is_what_its_command_gives(bases, command):
 
 
 def test_what_the_study_measures():
-    """Half the contrast costs half the score, which the best gain gives back; a wrong colour does not hide a shape."""
+    """Half the contrast halves the score, which the best gain restores; a wrong colour does not hide a shape."""
     ideal, words = seppo.draw_mini(study.PROMPTS, torch.zeros(480, 5)), [prompt.split() for prompt in study.PROMPTS]
     pale = study.measure(ideal / 2)
     assert [pale[name] for name in ("score", "gained", "shape", "clipped")] == pytest.approx([0.5, 1, 1, 0])
@@ -1451,10 +1451,10 @@ def test_each_form_of_the_sign_equals_a_plain_rewrite(bases):
 
 
 def test_the_sign_against_a_planted_truth(tmp_path, monkeypatch):
-    """x^r is better for 2 of 4 winners, for 3 of the 4 signs -1 of two draws, for 2 of the 3 of their mean error."""
+    """x^r is better for 2 of 4 winners; signs -1 are right in 3 of 4 (single draws) and 2 of 3 (mean error)."""
     errors = [*map(iter, ([[1.0, 1, 3, 3], [1.0, 3, 3, 1]], [[2.1] * 4] * 2, [[2.1] * 4] * 2))]  # by model and draw
     scores, rows = iter([[1.0, 0, 0, 1], [0.4] * 4, [0.4] * 4]), seppo.mini_rows("mini", 4, 1000)
-    [Path(f"checkpoint-{n}").mkdir() for n in range(3)]  # no x^r is better for a reference other than checkpoint 0
+    [Path(f"checkpoint-{n}").mkdir() for n in range(3)]  # only checkpoint 0 as the reference has a better x^r
     monkeypatch.setattr(study, "load_net", lambda folder: int(folder.name[-1]))
     monkeypatch.setattr(study, "mini_pictures", lambda *_: None)
     monkeypatch.setattr(seppo, "mini_rows", lambda *_: rows)
@@ -1465,7 +1465,7 @@ def test_the_sign_against_a_planted_truth(tmp_path, monkeypatch):
 
 
 def planted(world, variant, lr, beta, seed):
-    """A score: the base model has 0.5, seppo a broad peak and a lucky cell, sft a low peak, the others nothing."""
+    """A score: the base model has 0.5, seppo a broad peak and a lucky cell, sft a low peak, the others no gain."""
     (best_lr, best_beta), gain = {"seppo": ((1e-4, 250), 0.2), "sft": ((3e-5, 0), 0.1)}.get(variant, ((0, 0), 0))
     steps = abs(study.LR.index(lr) - study.LR.index(best_lr)) + (beta != best_beta) if best_lr else 0
     return 0.5 + gain - 0.05 * steps + 0.12 * ((variant, lr) == ("seppo", 1e-5) and beta == 250) + 0.01 * (seed % 2)
@@ -1541,7 +1541,7 @@ def test_slow_the_readmes_loop_makes_its_table(pipeline, pairs, scorer_weights):
 
 @slow
 def test_slow_the_lesson_shows_what_it_says(monkeypatch):
-    """SePPO raises the score; without the sign a high learning rate ruins the policy; the sign is dealt as it says."""
+    """SePPO raises the score; without the sign a high rate ruins the policy; the sign is right as often as chance."""
     monkeypatch.chdir(HERE / "assets"), monkeypatch.setattr(sys, "path", [*sys.path])
     lesson = {}
     for cell in json.loads(Path("lesson.ipynb").read_text())["cells"]:

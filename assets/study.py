@@ -1,17 +1,17 @@
-"""The study: which method to use without tuning, which with it, and how well does SePPO's sign judge samples?
+"""The study: which method to use untuned, which tuned, and how well does SePPO's sign judge samples?
 
     python assets/study.py            # 936 runs, eleven hours on two cores; run it again to resume
     python assets/study.py --tables   # no runs: study.md and study.png, from the lines of study.jsonl
 
 In the world `far` the base model has not seen preferred pictures; in `near` it was first fine-tuned on them. Every
-method runs in every cell of a grid of learning rates and betas, on 2 seeds. Its tuned cell has the highest mean over
+method runs in every cell of a grid of learning rates and betas, on 2 seeds. Tuned: the cell of highest mean over
 itself and its neighbours, so that luck in one cell counts less; tuned scores come from fresh seeds in that cell.
 
-Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: the score at the
-best contrast. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures
-(lower is better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. better ... agrees:
-see anchor_truth. close: at most one step of lr from the method's own. minus: between runs of the same seed,
-in the grid also of the same cell. In round brackets: lowest and highest run. ±: a 95 % interval over seeds (Student's
+Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: score at best
+contrast gain. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures
+(lower is better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. better to agrees:
+see anchor_truth. close: within one lr step of the method's tuned lr. minus X: runs paired by seed,
+in the grid also by cell. In round brackets: lowest and highest run. ±: a 95 % interval over seeds (Student's
 t, not corrected for the number of comparisons); bold where it excludes 0. This is a toy task with one base model
 per world: no interval covers another task or base model.
 """
@@ -47,8 +47,8 @@ ABLATIONS = {"random, no flip": ["--flip", "none"], "initial, sign": ["--referen
 METHODS = {name: ["--method", name] for name in ("seppo", "sspo", "spin", "sft", "ditto", "dpo")} | ABLATIONS
 MODES = ("independent draw", "8 draws", "coin", "batch's mean", "previous mean", "oracle")  # see Anchored
 FORMS = {f"{mode}, {flip}": ["--flip", flip] for mode in MODES for flip in ("sign", "indicator")} | {"half": []}
-OWN = ("seppo", "sspo", "random, no flip")  # the same with the loss's own draw: sign, indicator, no sign
-LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (5, 250, 2000)  # logits of about 0.01, 0.3 and 2
+OWN = ("seppo", "sspo", "random, no flip")  # forms with the loss's own draw: sign, indicator, no sign
+LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (5, 250, 2000)  # betas' logits: ~0.01, 0.3 and 2
 GRID_SEEDS, FORM_SEEDS, FRESH_SEEDS = (0, 1), range(4), range(10, 18)
 CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 250)]  # where the forms of the sign are compared
 CELLS += [("near", 1e-4, 5), ("near", 3e-4, 5), ("near", 3e-5, 5)]
@@ -109,9 +109,9 @@ def measure_net(folder):
 @torch.no_grad()
 def anchor_truth(run, rule, seed, n=256, many=16):
     """How well the sign -1 finds the better x^r: rates over n winners and `many` draws of (t, eps), as means over the
-    pairs of the run's checkpoints that the rule allows. better: x^r scores above the policy's picture of the same
+    run's checkpoint pairs that --reference allows. better: x^r scores above the policy's picture from the same
     noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, minus the rate over all.
-    gain_many: the same for the mean error of all draws. agrees: mean error and mean score prefer the same model."""
+    gain_many: gain, sign from the mean error of draws. agrees: mean error and mean score prefer the same model."""
     captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
     draws = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
@@ -207,7 +207,7 @@ spread = lambda values, form="+.3f": f"{mean(values):{form}} ({min(values):{form
 
 
 def table(title, names, row, items):
-    """Markdown. row(*item) yields (heading, text) up to the first run that is missing. names: headings of the item."""
+    """Markdown. row(*item) yields (heading, text) until a run is missing. names: the headings of the item's parts."""
     rows = []
     for item in items:
         cells = {}
@@ -228,7 +228,7 @@ class Study(dict):
             for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
                 base = digests.setdefault(line["world"], line["base"])
                 what = f"{path} has a run of `{line['world']}` from the base model {line['base']}, not {base}"
-                seppo.need(line["base"] == base, f"{what}: restore that base model, or choose another --out")
+                seppo.need(line["base"] == base, f"{what}: restore the former, or choose another --out")
                 self[tuple(line[name] for name in KEY)] = line
 
     def make(self, what, runs, truth=False):
@@ -277,7 +277,7 @@ class Study(dict):
         return sorted(forms, key=lambda form: -self.mean(flat(self.tried, [form])))[:2]
 
     def stages(self):
-        """(what, its runs, whether to run anchor_truth), most important first. Which runs a later stage has depends on
+        """(what, its runs, whether to run anchor_truth), most important first. The runs of a later stage depend on
         the earlier ones, but their number does not."""
         by_seed = functools.partial(sorted, key=lambda run: run[-1])
         yield "base models and preferred pictures", flat(self.fresh, ["base", "preferred"])
@@ -357,7 +357,7 @@ def draw_figure(study, path):
             for score in study.read({*study.fresh(variant, world)} & {*study}):
                 axis.axhline(score, color="black", ls=style, label=f"{variant} {score:.2f}")
         axis.set(xscale="log", xlabel="learning rate", title=f"{world}: score")
-        axis.set_ylim(0.4, 0.85)  # methods that collapse leave the figure below
+        axis.set_ylim(0.4, 0.85)  # collapsed methods fall below the axis
         axis.legend(fontsize=8)
     with seppo.atomic(path) as file:
         figure.savefig(file, format="png", dpi=200)
