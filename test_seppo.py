@@ -706,7 +706,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update(pipeline, pairs, monkeyp
         assert run(pipeline, pairs, *argv, "--steps", steps) == 2 and says[steps] in capsys.readouterr().err
 
 
-def test_rounding_gap_is_checked(pipeline, pairs, monkeypatch, capsys):
+def test_numeric_path_is_checked(pipeline, pairs, monkeypatch, capsys):
     error = seppo.denoising_error
     for apart, code, says in ((1e-3, 2, "so signs are noise"), (1e-4, 0, "differ by 0.1 in the logit")):
         worse = lambda unet, *args: error(unet, *args) + apart * (not torch.is_grad_enabled())

@@ -352,13 +352,13 @@ def draw_figure(study, path):
             if {*runs} <= {*study}:
                 at = [study.read(run for run in runs if run[2] == lr) for lr in LR]
                 axis.plot(LR, [*map(mean, at)], "o-", color=colour, label=variant)
-                axis.fill_between(LR, [*map(min, at)], [*map(max, at)], color=colour, alpha=0.12, lw=0)
+                axis.fill_between(LR, [*map(min, at)], [*map(max, at)], color=colour, alpha=0.08, lw=0)
         for variant, style in (("base", "--"), ("preferred", ":")):
             for score in study.read({*study.fresh(variant, world)} & {*study}):
-                axis.axhline(score, color="black", ls=style, label=f"{variant} {score:.2f}")
+                axis.axhline(score, color="black", ls=style, label=variant)
         axis.set(xscale="log", xlabel="learning rate", title=f"{world}: score")
         axis.set_ylim(0.4, 0.85)  # collapsed methods fall below the axis
-        axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=9)
     with seppo.atomic(path) as file:
         figure.savefig(file, format="png", dpi=200)
 
