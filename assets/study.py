@@ -147,20 +147,20 @@ class Anchored(seppo.Trainer):
 
     @torch.no_grad()
     def anchor_sign(self, batch, texts, noise_r):
-        n, g, own = len(texts), self.chance, self.advantage(**batch)
+        n, g, own = len(texts), self.chance, lambda: self.advantage(**batch)
         if self.mode == "half":  # x^r always loses, with half the weight
             sign = torch.full((n,), 0.5)
         elif self.mode in ("independent draw", "8 draws"):
             drawn = lambda: dict(t=torch.randint(1000, (n,), generator=g), eps=torch.randn(noise_r.shape, generator=g))
             sign = sum(self.advantage(**batch | drawn()) for _ in range(8 if self.mode == "8 draws" else 1)).sign()
         elif self.mode == "coin":  # the loss's own signs of this update, in random order
-            sign = own.sign()[torch.randperm(n, generator=g)]
+            sign = own().sign()[torch.randperm(n, generator=g)]
         elif self.mode == "batch's mean":
-            sign = own.mean().sign().expand(n)
+            sign = own().mean().sign().expand(n)
         elif self.mode == "previous mean":  # 0 in the first update after the reference changed
             index, previous = self.last
             sign = previous.sign().expand(n) if index == self.reference_index else torch.zeros(n)
-            self.last = self.reference_index, own.mean()
+            self.last = self.reference_index, own().mean()
         elif self.mode == "oracle":  # -1 where x^r scores above the policy's picture from the same noise
             pictures = (mini_pictures(net, texts, noise_r) for net in (self.policy, self.reference))
             sign = torch.sub(*(seppo.mini_score(pixels, texts) for pixels in pictures)).sign()
