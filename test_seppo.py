@@ -170,8 +170,7 @@ def by_hand(pw, rw, pr, rr, beta, flip):
     """The paper's formula, one sample at a time, in plain Python floats -> what is logged of it, by name."""
     found = []
     for a, b, c, d in zip(pw.tolist(), rw.tolist(), pr.tolist(), rr.tolist()):
-        sign = (b > a) - (b < a)
-        sign = {"sign": sign, "indicator": max(sign, 0), "none": 1}[flip]
+        sign = {"sign": (b > a) - (b < a), "indicator": int(b > a), "none": 1}[flip]
         z = -beta / 2 * ((a - b) - sign * (c - d))
         right = 0.5 if a - b == c - d else float(a - b < c - d)  # does the winner gain more than the other picture?
         found.append((math.log1p(math.exp(-z)) if z > -30 else -z, z, sign, right))
@@ -204,8 +203,7 @@ def test_reference_rule():
         chi2 = ((drawn - 7000 / k).square() / (7000 / k)).sum()  # 99.99 % quantile for 6 degrees of freedom: 27.9
         assert len(drawn) == k and chi2 < 30, f"not uniform over the {k} checkpoints so far: {drawn.tolist()}"
         assert seppo.choose_reference(k, "latest") == k - 1 and seppo.choose_reference(k, "initial") == 0
-    pytest.raises(ValueError, seppo.choose_reference, 0, "random")
-    pytest.raises(ValueError, seppo.choose_reference, 3, "newest")
+    [pytest.raises(ValueError, seppo.choose_reference, *wrong) for wrong in ((0, "random"), (3, "newest"))]
 
 
 def test_draws_depend_only_on_seed_and_position():
@@ -244,8 +242,8 @@ def test_parquet_order_ties_and_broken_rows(tmp_path, pairs):
     fetched = rows_of(tmp_path / "data", 40, "--method", "dpo")
     captions = [caption for _, caption, *_ in fetched]
     usable = {f"picture {i}" for i in range(20) if i % 5 != 4} - {f"picture {i}" for i in (0, 2, 3, 6)}
-    assert {*captions} == usable, "ties, broken rows and other splits never appear, all other rows do"
-    assert {*captions[:20]} == usable and captions[:20] != captions[20:], "each epoch has its own order"
+    assert {*captions} == {*captions[:20]} == usable, "no ties, broken rows and other splits; all other rows"
+    assert captions[:20] != captions[20:], "each epoch has its own order"
     assert not any(replaced for *_, replaced in rows_of(pairs, 20)), "ties are not broken rows"
 
     def mirrors(fetched):  # whether each pair is mirrored
@@ -758,8 +756,7 @@ def test_the_readme():
     text, lines = (HERE / "README.md").read_text(), (HERE / "seppo.py").read_text().splitlines()
     heads = [i for i, line in enumerate(lines, 1) if re.match(r"# ---- \d\.", line)]
     spans = [tuple(map(int, span)) for span in re.findall(r"\| (\d+) to (\d+) \|", text)]
-    there = [*((a, b - 1) for a, b in zip(heads[:4], heads[1:5])), (heads[4], len(lines))]
-    assert spans == there, "update the README's map of lines"
+    assert spans == [*((a, b - 1) for a, b in zip(heads[:4], heads[1:5])), (heads[4], len(lines))], "the map of lines"
     exec(next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "batch_loss" in block), {})
     known = "".join(file.read_text() for file in (HERE / "seppo.py", HERE / "eval.py", HERE / "assets/study.py"))
     given = {*re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)} - {"--help", "--index-url", "--nproc-per-node", "--scale"}
@@ -976,10 +973,9 @@ def test_the_toy_task_starts_from_the_shipped_base(monkeypatch, capsys):
 
 
 def test_the_shipped_base_draws_what_its_captions_say():
-    prompts, rows = evaluation.read_prompts("mini"), seppo.mini_rows("mini-mixture")[:480]
-    noise = torch.stack(evaluation.start_noise(prompts, (12, 8, 8)))
+    prompts, (captions, pictures, _) = evaluation.read_prompts("mini"), zip(*seppo.mini_rows("mini-mixture")[:480])
+    noise, pictures = torch.stack(evaluation.start_noise(prompts, (12, 8, 8))), torch.stack(pictures)
     drawn = study.mini_pictures(load(seppo.MINI_BASE), prompts, noise)
-    captions, pictures = [row[0] for row in rows], torch.stack([row[1] for row in rows])
     assert study.shape_accuracy(drawn, prompts) >= 0.9 and study.shape_accuracy(pictures, captions) >= 0.99
     ours, theirs = seppo.mini_score(drawn, prompts), seppo.mini_score(pictures, captions)
     assert abs(ours.mean() - theirs.mean()) < 0.05 and ours.std() > 0.7 * theirs.std()
@@ -993,8 +989,7 @@ def test_every_flaw_costs_score_and_the_preferred_picture_is_the_best_of_sixteen
     assert score(0.6 * torch.eye(5)).max() < 0.97 and close(seppo.mini_score(torch.zeros(5, 3, 16, 16), disc), 0)
     captions, preferred, others = zip(*seppo.mini_rows("mini"))
     best, other = (seppo.mini_score(torch.stack(p), captions) for p in (preferred, others))
-    assert (best > other).all()
-    assert best.mean() == pytest.approx(0.775, abs=0.005), "as simulated; the best of 4 would score 0.69"
+    assert (best > other).all() and best.mean() == pytest.approx(0.775, abs=0.005), "as simulated; best of 4: 0.69"
 
 
 REFUSED = """--lr 0 => --lr must be positive | --beta nan => --beta must be positive | --bet 3 => unrecognized
@@ -1405,11 +1400,10 @@ def bases(monkeypatch):  # other base models, runs of two updates, and 32 pictur
     return far, near
 
 
-@pytest.mark.parametrize("command", ["near --method sspo", "far --reference initial"])
+@pytest.mark.parametrize("command", ["near --method sspo", "far --method seppo --reference initial"])
 def test_a_line_of_the_study_is_what_its_command_gives(bases, command):
-    world, *switches = command.split()
-    line = study.run_cell(world, {"near": "sspo", "far": "initial, sign"}[world], 1e-2, 125, 3)
-    assert seppo.main([*"--lr 1e-2 --beta 125 --seed 3 --device cpu --out mine --unet".split(), world, *switches]) == 0
+    line = study.run_cell(*command.split(" --method "), 1e-2, 125, 3)
+    assert seppo.main(f"--lr 1e-2 --beta 125 --seed 3 --device cpu --out mine --unet {command}".split()) == 0
     noise, codec = torch.stack(evaluation.start_noise(study.PROMPTS, (12, 8, 8))), seppo.Miniature("cpu")
     rest = dict(context=codec.encode_text(study.PROMPTS), empty=None, steps=2, guidance=1)
     pixels = codec.decode(seppo.sample(load("mine/checkpoint-2/unet"), codec.scheduler, noise, **rest))
@@ -1420,11 +1414,10 @@ def test_a_line_of_the_study_is_what_its_command_gives(bases, command):
 def test_what_the_study_measures():
     """Half the contrast halves the score, which the best gain restores; a wrong colour does not hide a shape."""
     ideal, words = seppo.draw_mini(study.PROMPTS, torch.zeros(480, 5)), [prompt.split() for prompt in study.PROMPTS]
-    pale = study.measure(ideal / 2)
+    pale, preferred = study.measure(ideal / 2), study.run_cell("far", "preferred", 0, 0, 0)
     assert [pale[name] for name in ("score", "gained", "shape", "clipped")] == pytest.approx([0.5, 1, 1, 0])
     assert study.shape_accuracy(ideal, [f"a red {shape}" for *_, shape in words]) == 1
     assert study.shape_accuracy(ideal, [f"a {colour} disc" for _, colour, _ in words]) == 0.25
-    preferred = study.run_cell("far", "preferred", 0, 0, 0)
     assert abs(preferred["distance"]) < 0.05 < 5 < pale["distance"] and preferred["clipped"] == 0, "|pixels| <= 0.96"
     assert study.energy_distance(torch.zeros(3, 4), torch.full((5, 4), 2.0)) == 8, "twice the distance of two points"
 
@@ -1471,6 +1464,11 @@ def planted(world, variant, lr, beta, seed):
     return 0.5 + gain - 0.05 * steps + 0.12 * ((variant, lr) == ("seppo", 1e-5) and beta == 250) + 0.01 * (seed % 2)
 
 
+def tables(text):  # one for each heading of study.md: {(method, world): {column: text}}
+    parts = [[row[2:-2].split(" | ") for row in part.splitlines() if row[:1] == "|"] for part in text.split("## ")[1:]]
+    return [{(*row[:2],): dict(zip(part[0], row)) for row in part[2:]} for part in parts]
+
+
 def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
     """A lucky cell is not chosen. Gains, the price of higher rates, differences and intervals are the planted ones."""
     made, rest = study.Study(tmp_path / "study.jsonl", {}), ("gained", "shape", "distance", "clipped", "sign_pos")
@@ -1481,17 +1479,17 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
     def report(*lines):
         made.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         code = seppo.main(["--tables", "--out", str(tmp_path)], study.run, "study.py")
-        parts = [part.splitlines() for part in (tmp_path / "study.md").read_text().split("## ")[1:]]
-        parts = [[row[2:-2].split(" | ") for row in part if row[:1] == "|"] for part in parts]
-        return code, [{(*row[:2],): dict(zip(part[0], row)) for row in part[2:]} for part in parts]
+        return code, tables((tmp_path / "study.md").read_text())
 
     code, (untuned, tuned, less, _) = report(*made.values())
     chosen = {"lr": "0.0001", "beta": "250", "score": "0.705 ± 0.004"}  # Student's t: 2.365 x 0.0053 / sqrt(8)
-    assert code == 0 and chosen.items() <= tuned["seppo", "near"].items()
-    assert tuned["initial, sign", "far"]["score"] == "0.505 ± 0.009" and tuned["base", "far"]["score"] == "0.500"
+    assert code == 0 and chosen.items() <= tuned["seppo", "near"].items() and ("sft, best cell", "far") not in tuned
+    scores = {"seppo --flip none": "0.505 ± 0.009", "base": "0.500", "seppo, best cell": "0.725 ± 0.004"}
+    assert scores == {name: tuned[name, "far"]["score"] for name in scores}
     assert less["seppo", "far"]["score minus sft"] == "**+0.100 ± 0.000**"
     wanted = {"mean gain": "+0.120", "worst run": "+0.050", "close: mean gain": "+0.138", "close: worst run": "+0.100"}
-    wanted |= {"above tuned sft": "57%", "one step of lr up": "-0.050 (-0.050 to -0.050)"}
+    wanted |= {"above tuned sft": "57%", "best cell": "lr 1e-05, beta 250: 0.725"}
+    wanted |= {"below base": "0%", "one step of lr up": "-0.050 (-0.050 to -0.050)"}
     assert wanted.items() <= untuned["seppo", "far"].items()
     assert untuned["sspo", "near"]["minus sft"] == "-0.030 (-0.100 to +0.050)"
     _, (untuned, *_) = report(*(line for line in made.values() if line["variant"] != "spin"))
@@ -1502,10 +1500,12 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
 
 
 def test_study_md_and_the_readme_match_study_jsonl():
-    runs, text = study.Study(HERE / "assets/study.jsonl", {}), (HERE / "README.md").read_text()
-    assert (report := runs.report()) == (HERE / "assets/study.md").read_text()
-    figures = re.findall(r"[-+]?\d+\.\d{3}|\d+%", re.search(r"## The study\n(.*?)\n## ", text, re.S)[1])
-    assert figures and not [figure for figure in figures if figure not in report]
+    assert (report := study.Study(HERE / "assets/study.jsonl", {}).report()) == (HERE / "assets/study.md").read_text()
+    text = re.search(r"## The study\n(.*?)\n## ", (HERE / "README.md").read_text(), re.S)[1]
+    assert not [figure for figure in re.findall(r"[-+]?\d+\.\d{3}|\d+%", text) if figure not in report]
+    (untuned, tuned, *_), rows = tables(report), re.findall(r"^\| `(.*?)` \| (.*) \|$", text, re.M)[1:]
+    cells = lambda *at: f"{untuned[at]['mean gain']} ({untuned[at]['worst run']}) | {tuned[at]['score'].split()[0]}"
+    assert rows == [(method, f"{cells(method, 'far')} | {cells(method, 'near')}") for method, _ in rows] != []
 
 
 # ---- Slow: SLOW=1 python -m pytest -k slow --------------------------------------------------------------------------

@@ -1,19 +1,19 @@
 """The study: which method to use untuned, which tuned, and how well does SePPO's sign judge samples?
 
-    python assets/study.py            # 936 runs, eleven hours on two cores; run it again to resume
+    python assets/study.py            # 976 runs, eleven hours on two cores; run it again to resume
     python assets/study.py --tables   # no runs: study.md and study.png, from the lines of study.jsonl
 
-In the world `far` the base model has not seen preferred pictures; in `near` it was first fine-tuned on them. Every
-method runs in every cell of a grid of learning rates and betas, on 2 seeds. Tuned: the cell of highest mean over
-itself and its neighbours, so that luck in one cell counts less; tuned scores come from fresh seeds in that cell.
+In the world `far` the base model has not seen preferred pictures; that of `near` is the same after 40 updates of sft
+on them. Every method runs in every cell of a grid of learning rates and betas, on 2 seeds. Tuned: the cell of highest
+mean over itself and its neighbours, so that luck in one cell counts less; tuned scores come from fresh seeds there.
+Best cell: that of the highest mean itself, on fresh seeds too where it is another cell and seems to beat tuned sft.
 
-Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: score at best
-contrast gain. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures
-(lower is better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. better to agrees:
-see anchor_truth. close: within one lr step of the method's tuned lr. minus X: runs paired by seed,
-in the grid also by cell. In round brackets: lowest and highest run. ±: a 95 % interval over seeds (Student's
-t, not corrected for the number of comparisons); bold where it excludes 0. This is a toy task with one base model
-per world: no interval covers another task or base model.
+Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: score at best contrast
+gain. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures (lower is
+better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. close: within one lr step of
+the method's tuned lr. minus X: runs paired by seed, in the grid also by cell. In round brackets: lowest and highest
+run. ±: a 95 % interval over seeds (Student's t, not corrected for the number of comparisons); bold where it excludes
+0. This is a toy task with one base model per world: no interval covers another task or base model.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -43,15 +44,17 @@ import eval as evaluation  # noqa: E402
 import seppo  # noqa: E402
 
 BASES = {"far": seppo.MINI_BASE, "near": seppo.MINI_BASE.with_name("near-base")}
-ABLATIONS = {"random, no flip": ["--flip", "none"], "initial, sign": ["--reference", "initial"]}
+ABLATIONS = {"seppo " + " ".join(switch): switch for switch in (["--flip", "none"], ["--reference", "initial"])}
 METHODS = {name: ["--method", name] for name in ("seppo", "sspo", "spin", "sft", "ditto", "dpo")} | ABLATIONS
 MODES = ("independent draw", "8 draws", "coin", "batch's mean", "previous mean", "oracle")  # see Anchored
 FORMS = {f"{mode}, {flip}": ["--flip", flip] for mode in MODES for flip in ("sign", "indicator")} | {"half": []}
-OWN = ("seppo", "sspo", "random, no flip")  # forms with the loss's own draw: sign, indicator, no sign
+BEST = ", best cell"  # after a method's name
+OWN = ("seppo", "sspo", "seppo --flip none")  # forms with the loss's own draw: sign, indicator, no sign
 LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (5, 250, 2000)  # betas' logits: ~0.01, 0.3 and 2
 GRID_SEEDS, FORM_SEEDS, FRESH_SEEDS = (0, 1), range(4), range(10, 18)
 CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 250)]  # where the forms of the sign are compared
 CELLS += [("near", 1e-4, 5), ("near", 3e-4, 5), ("near", 3e-5, 5)]
+HIGHER = [("far", 3e-4, 5), ("far", 1e-3, 5), ("near", 1e-3, 5)]  # where the best two forms are also tried
 
 # ---- What is measured -----------------------------------------------------------------------------------------------
 
@@ -108,10 +111,11 @@ def measure_net(folder):
 
 @torch.no_grad()
 def anchor_truth(run, rule, seed, n=256, many=16):
-    """How well the sign -1 finds the better x^r: rates over n winners and `many` draws of (t, eps), as means over the
-    run's checkpoint pairs that --reference allows. better: x^r scores above the policy's picture from the same
-    noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, minus the rate over all.
-    gain_many: gain, sign from the mean error of draws. agrees: mean error and mean score prefer the same model."""
+    """From better to agrees: how well the sign -1 finds the better x^r, as rates over n winners and `many` draws of
+    (t, eps), means over the run's checkpoint pairs that --reference allows. better: x^r scores above the policy's
+    picture from the same noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, minus the rate
+    over all. gain_many: gain, sign from the mean error of draws. agrees: mean error and mean score prefer the same
+    model."""
     captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
     draws = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
@@ -135,7 +139,11 @@ def anchor_truth(run, rule, seed, n=256, many=16):
 
 
 class Anchored(seppo.Trainer):
-    """A trainer whose anchor criterion uses something other than the loss's own draw of (t, eps)."""
+    """Forms of the sign, which replace the loss's own draw of (t, eps). independent draw, 8 draws: the sign of the
+    mean error of other draws. coin: the loss's own signs of the update, in random order. batch's mean: the sign of
+    the batch's mean error; previous mean: that of the update before, 0 in the first one after the reference changed.
+    oracle: -1 where x^r scores above the policy's picture from the same noise. half: x^r always loses, with half the
+    weight. After the comma: --flip, where indicator replaces -1 by 0."""
 
     def __init__(self, mode, *args):
         super().__init__(*args)
@@ -148,20 +156,20 @@ class Anchored(seppo.Trainer):
     @torch.no_grad()
     def anchor_sign(self, batch, texts, noise_r):
         n, g, own = len(texts), self.chance, lambda: self.advantage(**batch)
-        if self.mode == "half":  # x^r always loses, with half the weight
+        if self.mode == "half":
             sign = torch.full((n,), 0.5)
         elif self.mode in ("independent draw", "8 draws"):
             drawn = lambda: dict(t=torch.randint(1000, (n,), generator=g), eps=torch.randn(noise_r.shape, generator=g))
             sign = sum(self.advantage(**batch | drawn()) for _ in range(8 if self.mode == "8 draws" else 1)).sign()
-        elif self.mode == "coin":  # the loss's own signs of this update, in random order
+        elif self.mode == "coin":
             sign = own().sign()[torch.randperm(n, generator=g)]
         elif self.mode == "batch's mean":
             sign = own().mean().sign().expand(n)
-        elif self.mode == "previous mean":  # 0 in the first update after the reference changed
+        elif self.mode == "previous mean":
             index, previous = self.last
             sign = previous.sign().expand(n) if index == self.reference_index else torch.zeros(n)
             self.last = self.reference_index, own().mean()
-        elif self.mode == "oracle":  # -1 where x^r scores above the policy's picture from the same noise
+        elif self.mode == "oracle":
             pictures = (mini_pictures(net, texts, noise_r) for net in (self.policy, self.reference))
             sign = torch.sub(*(seppo.mini_score(pixels, texts) for pixels in pictures)).sign()
         return sign.clamp(min=0) if self.o.flip == "indicator" else sign
@@ -257,7 +265,7 @@ class Study(dict):
 
     def tried(self, variant, world):  # the runs from which the variant's cell is chosen
         if variant in FORMS:
-            return seeded([(w, variant, *at) for w, *at in CELLS if w == world], FORM_SEEDS)
+            return seeded([(w, variant, *at) for w, *at in CELLS + HIGHER if w == world], FORM_SEEDS)
         return seeded([(world, variant, lr, b) for lr in LR for b in (BETA if variant != "sft" else (0,))], GRID_SEEDS)
 
     def choose(self, variant, world):  # the cell with the highest mean over itself and its neighbours in lr and beta
@@ -267,18 +275,28 @@ class Study(dict):
         outside = lambda a: 5 - len(near(a, 1)) // len(near(a, 0))  # neighbours off the grid count as the cell itself
         return max(tried, key=lambda a: self.mean(near(a, 1) + near(a, 0) * outside(a)))[:4]
 
+    def best(self, variant, world):  # the runs of the cell with the highest mean, however lucky
+        tried = self.tried(variant, world)
+        return max(([b for b in tried if b[:4] == a[:4]] for a in tried), key=self.mean)
+
+    def doubtful(self):  # methods whose best cell was not chosen and seems to beat tuned sft
+        better = lambda name, world: self.mean(self.best(name, world)) > self.mean(self.fresh("sft", world))
+        other = lambda *item: self.best(*item)[0][:4] != self.choose(*item)
+        return [(m + BEST, w) for m, w in itertools.product(METHODS, BASES) if better(m, w) and other(m, w)]
+
     def fresh(self, variant, world):  # the chosen cell on fresh seeds, fewer for ablations
         if variant in ("base", "preferred"):
             return [(world, variant, 0, 0, 0)]
+        if variant.endswith(BEST):
+            return seeded([self.best(variant.removesuffix(BEST), world)[0][:4]], FRESH_SEEDS)
         return seeded([self.choose(variant, world)], FRESH_SEEDS[: 4 if variant in ABLATIONS else 8])
 
     def best_forms(self):  # the best two without the oracle, which needs the true score
         forms = [form for form in FORMS if "oracle" not in form]
-        return sorted(forms, key=lambda form: -self.mean(flat(self.tried, [form])))[:2]
+        return sorted(forms, key=lambda f: -self.mean(seeded([(w, f, *at) for w, *at in CELLS], FORM_SEEDS)))[:2]
 
     def stages(self):
-        """(what, its runs, whether to run anchor_truth), most important first. The runs of a later stage depend on
-        the earlier ones, but their number does not."""
+        """(what, its runs, whether to run anchor_truth), most important first; later ones depend on earlier ones."""
         by_seed = functools.partial(sorted, key=lambda run: run[-1])
         yield "base models and preferred pictures", flat(self.fresh, ["base", "preferred"])
         for what, methods in (("main", [*METHODS][:4]), ("other", [*METHODS][4:])):
@@ -286,23 +304,31 @@ class Study(dict):
             yield f"tuned {what} methods on fresh seeds", flat(self.fresh, methods), True
         for world, *at in CELLS:
             yield f"what the sign knows, {world} {at}", seeded([(world, f, *at) for f in (*OWN, *FORMS)], FORM_SEEDS)
+        yield "best forms of the sign at higher rates", by_seed(flat(self.tried, self.best_forms()))
         yield "best forms of the sign on fresh seeds", flat(self.fresh, self.best_forms())
+        yield "best cells on fresh seeds", [run for item in self.doubtful() for run in self.fresh(*item)]
+
+    def planned(self):
+        return {run for _, runs, *_ in self.stages() for run in runs}
 
     def untuned_row(self, variant, world):
         base, tried = self[world, "base", 0, 0, 0]["score"], self.tried(variant, world)
         gains, own = {"": [score - base for score in self.read(tried)]}, LR.index(self.choose(variant, world)[2])
         gains["close: "] = [gain for run, gain in zip(tried, gains[""]) if abs(LR.index(run[2]) - own) <= 1]
+        sft = mean(self.read(self.fresh("sft", world))) - base
         for close, values in gains.items():
             yield f"{close}mean gain", f"{mean(values):+.3f}"
             yield f"{close}worst run", f"{min(values):+.3f}"
+            yield f"{close}below base", f"{mean(gain < 0 for gain in values):.0%}"
+            yield f"{close}above tuned sft", f"{mean(gain > sft for gain in values):.0%}"
+        best = self.best(variant, world)
+        yield "best cell", "lr {:g}, beta {:g}: {:.3f}".format(*best[0][2:4], self.mean(best))
+        yield "best cell: distance", f"{mean(self.read(best, 'distance')):.3f}"
         for name in ("distance", "shape"):
             yield name, spread(self.read(tried, name), ".3f")
         for steps, lr in zip(("one step of lr up", "two steps up"), LR[own + 1 :]):
             scores = (self.read(run for run in tried if run[2] == rate) for rate in (lr, LR[own]))
             yield steps, spread(minus(*scores))
-        sft = mean(self.read(self.fresh("sft", world))) - base
-        for close, values in gains.items():
-            yield f"{close}above tuned sft", f"{mean(gain > sft for gain in values):.0%}"
         for other in ("sft", "seppo"):
             same = [(world, other, lr, beta if other != "sft" else 0, seed) for *_, lr, beta, seed in tried]
             yield f"minus {other}", spread(minus(self.read(tried), self.read(same)))
@@ -320,25 +346,27 @@ class Study(dict):
             yield f"{name} minus {other}", bold(minus(*values))
 
     def form_row(self, form):
-        for world, lr, beta in CELLS:
-            yield f"{world} {lr:g}, {beta:g}", f"{mean(self.read(seeded([(world, form, lr, beta)], FORM_SEEDS))):.3f}"
         for world, own in itertools.product(BASES, ("seppo", "sspo")):
             cells = lambda v, seed: [(w, v, *at, seed) for w, *at in CELLS if w == world]
             means = ([mean(self.read(cells(v, seed))) for seed in FORM_SEEDS] for v in (form, own))
             yield f"{world}, minus {own}", bold(minus(*means))
+        for world, lr, beta in CELLS + HIGHER:
+            yield f"{world} {lr:g}, {beta:g}", f"{mean(self.read(seeded([(world, form, lr, beta)], FORM_SEEDS))):.3f}"
 
     def report(self):
         """study.md, from study.jsonl alone. The README's table shows some of its rows and columns."""
         stages = [(what, sum(run not in self for run in runs), len(runs)) for what, runs, *_ in self.stages()]
         missing = "; ".join(f"{what} ({n} of {of})" for what, n, of in stages if n) or "none"
         rows = lambda *variants: [(variant, world) for world in BASES for variant in variants]
-        text = [f"# The study: {len(self)} lines of study.jsonl\n\nRuns that are missing: {missing}.\n"]
-        names, tuned = ("method", "world"), rows(*METHODS, *self.best_forms())
+        planned = self.planned()
+        text = [f"# The study: {len(planned & {*self})} of {len(planned)} runs\n\nMissing: {missing}.\n"]
+        names, tuned = ("method", "world"), rows(*METHODS, *self.best_forms()) + self.doubtful()
         text.append(table("Without tuning: every run of the grid", names, self.untuned_row, rows(*METHODS)))
         text.append(table("Tuned, on fresh seeds", names, self.tuned_row, rows("base", "preferred") + tuned))
         text.append(table("Tuned, minus another method", names, self.difference_row, tuned))
         text.append(table("Forms of the sign", ("sign",), self.form_row, [(form,) for form in (*OWN, *FORMS)]))
-        return "\n".join([*text, __doc__.split("\n\n")[-1]])
+        explained = [*__doc__.split("\n\n")[2:], anchor_truth.__doc__, Anchored.__doc__]
+        return "\n".join([*text, "\n\n".join(textwrap.dedent("    " + text).strip() for text in explained), ""])
 
 
 def draw_figure(study, path):
@@ -356,8 +384,8 @@ def draw_figure(study, path):
         for variant, style in (("base", "--"), ("preferred", ":")):
             for score in study.read({*study.fresh(variant, world)} & {*study}):
                 axis.axhline(score, color="black", ls=style, label=variant)
-        axis.set(xscale="log", xlabel="learning rate", title=f"{world}: score")
-        axis.set_ylim(0.4, 0.85)  # collapsed methods fall below the axis
+        axis.set(xscale="log", xlabel="learning rate", title=f"{world}: score (axis cut at 0.4)")
+        axis.set_ylim(0.4, 0.85)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=9)
     with seppo.atomic(path) as file:
         figure.savefig(file, format="png", dpi=200)
@@ -374,14 +402,12 @@ def run(argv=None):
         digests[world] = evaluation.digest(*load_net(folder).state_dict().values())
     o.out.mkdir(parents=True, exist_ok=True)
     study = Study(o.out / "study.jsonl", digests)
-    planned = {run for _, runs, *_ in study.stages() for run in runs}
-    print(f"The study has {len(planned)} runs, of which {len(planned & {*study})} are in {study.path}")
+    print(f"The study has {len(study.planned())} runs, of which {len(study.planned() & {*study})} are in {study.path}")
     for stage in [None] if o.tables else study.stages():
         if stage:
             study.make(*stage)
-        text = study.report()  # after each stage
         with seppo.atomic(o.out / "study.md") as file:
-            file.write_text(text, "utf-8")
+            file.write_text(study.report(), "utf-8")  # after each stage
         draw_figure(study, o.out / "study.png")
     print(f"{o.out}: study.md, study.png")
 
