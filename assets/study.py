@@ -3,17 +3,20 @@
     python assets/study.py            # 976 runs, eleven hours on two cores; run it again to resume
     python assets/study.py --tables   # no runs: study.md and study.png, from the lines of study.jsonl
 
-In the world `far` the base model has not seen preferred pictures; that of `near` is the same after 40 updates of sft
-on them. Every method runs in every cell of a grid of learning rates and betas, on 2 seeds. Tuned: the cell of highest
-mean over itself and its neighbours, so that luck in one cell counts less; tuned scores come from fresh seeds there.
-Best cell: that of the highest mean itself, on fresh seeds too where it is another cell and seems to beat tuned sft.
+The base model of the world `far` has not seen preferred pictures; `near` starts from that model after 40 updates of
+sft on them. Every method runs in every cell of a grid of learning rates and betas, on 2 seeds. Tuned: the cell whose
+mean with its neighbours is highest (one lucky cell counts less), scored on fresh seeds. Best cell: the one with the
+highest mean of its own; it runs on fresh seeds too if it is not the tuned cell and beats tuned sft.
 
-Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey. gained: score at best contrast
-gain. shape: share of pictures with the caption's shape. distance: energy distance to preferred pictures (lower is
-better). clipped: share of pixel values at the limit. sign_pos: share of x^r that lose. close: within one lr step of
-the method's tuned lr. minus X: runs paired by seed, in the grid also by cell. In round brackets: lowest and highest
-run. ±: a 95 % interval over seeds (Student's t, not corrected for the number of comparisons); bold where it excludes
-0. This is a toy task with one base model per world: no interval covers another task or base model.
+Each run is measured on 480 pictures. score: 1 is flawless, 0 is as good as plain grey (ruined models fall below).
+gained: score at best contrast gain. shape: share of pictures with the caption's shape. distance: energy distance to
+preferred pictures (lower is better; other preferred pictures have about 0). clipped: share of pixel values at the
+limit. sign_pos: share of x^r that lose. mean gain, worst run, below base: scores of the grid less the base model's.
+close: only the runs within one lr step of the tuned cell. one step of lr up, two steps up: change of the score from
+the tuned lr, over all betas. minus X: paired by seed, in the grid also by cell. In round brackets: lowest and highest.
+±: a 95 % interval over 8 seeds, 4 for ablations and forms (Student's t, not corrected for the number of comparisons);
+bold where it excludes 0. This is a toy task with one base model per world: no interval covers another task or base
+model.
 """
 
 import argparse
@@ -111,11 +114,10 @@ def measure_net(folder):
 
 @torch.no_grad()
 def anchor_truth(run, rule, seed, n=256, many=16):
-    """From better to agrees: how well the sign -1 finds the better x^r, as rates over n winners and `many` draws of
-    (t, eps), means over the run's checkpoint pairs that --reference allows. better: x^r scores above the policy's
-    picture from the same noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, minus the rate
-    over all. gain_many: gain, sign from the mean error of draws. agrees: mean error and mean score prefer the same
-    model."""
+    """From better to agrees: does the sign -1 find the better x^r? Rates over n winners and `many` draws of (t, eps),
+    means over the run's checkpoint pairs that --reference allows. better: x^r scores above the policy's picture from
+    the same noise. minus: the sign is -1. gain: rate of better x^r where the sign is -1, less the rate over all.
+    gain_many: the same for the sign of the draws' mean. agrees: mean error and mean score prefer the same model."""
     captions, winners, _ = zip(*seppo.mini_rows("mini", n, 1000 + seed))
     codec, x, errors, scores = seppo.Miniature("cpu"), F.pixel_unshuffle(torch.stack(winners), 2), [], []
     draws = [seppo.draws(f"truth {seed} {i}", range(n), x.shape[1:], 1000, 0) for i in range(many)]
@@ -139,11 +141,11 @@ def anchor_truth(run, rule, seed, n=256, many=16):
 
 
 class Anchored(seppo.Trainer):
-    """Forms of the sign, which replace the loss's own draw of (t, eps). independent draw, 8 draws: the sign of the
-    mean error of other draws. coin: the loss's own signs of the update, in random order. batch's mean: the sign of
-    the batch's mean error; previous mean: that of the update before, 0 in the first one after the reference changed.
+    """Forms of the sign, in place of that of the loss's own draw of (t, eps). independent draw: the sign of another
+    draw; 8 draws: that of their mean. coin: the loss's own signs of the update, in random order. batch's mean: the
+    sign of the batch's mean; previous mean: that of the update before, 0 where the reference has just changed.
     oracle: -1 where x^r scores above the policy's picture from the same noise. half: x^r always loses, with half the
-    weight. After the comma: --flip, where indicator replaces -1 by 0."""
+    weight. After the comma stands --flip: indicator replaces -1 by 0."""
 
     def __init__(self, mode, *args):
         super().__init__(*args)
@@ -280,7 +282,7 @@ class Study(dict):
         return max(([b for b in tried if b[:4] == a[:4]] for a in tried), key=self.mean)
 
     def doubtful(self):  # methods whose best cell was not chosen and seems to beat tuned sft
-        better = lambda name, world: self.mean(self.best(name, world)) > self.mean(self.fresh("sft", world))
+        better = lambda m, world: self.mean(self.best(m, world)) > self.mean(self.fresh("sft", world)) > float("-inf")
         other = lambda *item: self.best(*item)[0][:4] != self.choose(*item)
         return [(m + BEST, w) for m, w in itertools.product(METHODS, BASES) if better(m, w) and other(m, w)]
 
@@ -304,7 +306,8 @@ class Study(dict):
             yield f"tuned {what} methods on fresh seeds", flat(self.fresh, methods), True
         for world, *at in CELLS:
             yield f"what the sign knows, {world} {at}", seeded([(world, f, *at) for f in (*OWN, *FORMS)], FORM_SEEDS)
-        yield "best forms of the sign at higher rates", by_seed(flat(self.tried, self.best_forms()))
+        higher = [(world, form, *at) for form in self.best_forms() for world, *at in HIGHER]
+        yield "best forms of the sign at higher rates", seeded(higher, FORM_SEEDS)
         yield "best forms of the sign on fresh seeds", flat(self.fresh, self.best_forms())
         yield "best cells on fresh seeds", [run for item in self.doubtful() for run in self.fresh(*item)]
 
@@ -350,8 +353,9 @@ class Study(dict):
             cells = lambda v, seed: [(w, v, *at, seed) for w, *at in CELLS if w == world]
             means = ([mean(self.read(cells(v, seed))) for seed in FORM_SEEDS] for v in (form, own))
             yield f"{world}, minus {own}", bold(minus(*means))
-        for world, lr, beta in CELLS + HIGHER:
-            yield f"{world} {lr:g}, {beta:g}", f"{mean(self.read(seeded([(world, form, lr, beta)], FORM_SEEDS))):.3f}"
+        for seeds, (world, *at) in [(FORM_SEEDS, cell) for cell in CELLS] + [(GRID_SEEDS, cell) for cell in HIGHER]:
+            heading = "{} lr {:g}, beta {:g} ({} seeds)".format(world, *at, len(seeds))
+            yield heading, f"{mean(self.read(seeded([(world, form, *at)], seeds))):.3f}"
 
     def report(self):
         """study.md, from study.jsonl alone. The README's table shows some of its rows and columns."""
