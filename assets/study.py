@@ -374,7 +374,7 @@ class Study(dict):
 
 
 def draw_figure(study, path):
-    """study.png: the score against the learning rate, with a band over beta and seeds, for each complete method."""
+    """study.png: the score against the learning rate, with a band over beta and seeds (no ablations)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
