@@ -362,13 +362,16 @@ class Study(dict):
         stages = [(what, sum(run not in self for run in runs), len(runs)) for what, runs, *_ in self.stages()]
         missing = "; ".join(f"{what} ({n} of {of})" for what, n, of in stages if n) or "none"
         rows = lambda *variants: [(variant, world) for world in BASES for variant in variants]
-        planned = self.planned()
-        text = [f"# The study: {len(planned & {*self})} of {len(planned)} runs\n\nMissing: {missing}.\n"]
+        known = ", ".join(f"{v} {w} {self.mean(self.fresh(v, w)):.3f}" for v, w in rows("base", "preferred"))
         names, tuned = ("method", "world"), rows(*METHODS, *self.best_forms()) + self.doubtful()
-        text.append(table("Without tuning: every run of the grid", names, self.untuned_row, rows(*METHODS)))
-        text.append(table("Tuned, on fresh seeds", names, self.tuned_row, rows("base", "preferred") + tuned))
-        text.append(table("Tuned, minus another method", names, self.difference_row, tuned))
-        text.append(table("Forms of the sign", ("sign",), self.form_row, [(form,) for form in (*OWN, *FORMS)]))
+        tables = {
+            "Without tuning: every run of the grid": (names, self.untuned_row, rows(*METHODS)),
+            "Tuned, on fresh seeds": (names, self.tuned_row, rows("base", "preferred") + tuned),
+            "Tuned, minus another method": (names, self.difference_row, tuned),
+            "Forms of the sign": (("sign",), self.form_row, [(form,) for form in (*OWN, *FORMS)]),
+        }
+        text = [f"# The study: {len(self.planned() & {*self})} of {len(self.planned())} runs\n\nMissing: {missing}.\n"]
+        text += [table(f"{title} (scores: {known})", *rest) for title, rest in tables.items()]
         explained = [*__doc__.split("\n\n")[2:], anchor_truth.__doc__, Anchored.__doc__]
         return "\n".join([*text, "\n\n".join(textwrap.dedent("    " + text).strip() for text in explained), ""])
 
