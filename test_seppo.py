@@ -1488,7 +1488,7 @@ def test_the_studys_tables_from_planted_scores(tmp_path, capsys):
     assert scores == {name: tuned[name, "far"]["score"] for name in scores}
     assert less["seppo", "far"]["score minus sft"] == "**+0.100 ± 0.000**"
     wanted = {"mean gain": "+0.120", "worst run": "+0.050", "close: mean gain": "+0.138", "close: worst run": "+0.100"}
-    wanted |= {"above tuned sft": "57%", "best cell": "lr 1e-05, beta 250: 0.725"}
+    wanted |= {"above tuned sft": "57%", "best cell": "lr 1e-05, beta 250: 0.725, distance 0.500"}
     wanted |= {"below base": "0%", "one step of lr up": "-0.050 (-0.050 to -0.050)"}
     assert wanted.items() <= untuned["seppo", "far"].items()
     assert untuned["sspo", "near"]["minus sft"] == "-0.030 (-0.100 to +0.050)"

@@ -15,8 +15,7 @@ limit. sign_pos: share of x^r that lose. mean gain, worst run, below base: score
 close: only the runs within one lr step of the tuned cell. one step of lr up, two steps up: change of the score from
 the tuned lr, over all betas. minus X: paired by seed, in the grid also by cell. In round brackets: lowest and highest.
 ±: a 95 % interval over 8 seeds, 4 for ablations and forms (Student's t, not corrected for the number of comparisons);
-bold where it excludes 0. This is a toy task with one base model per world: no interval covers another task or base
-model.
+bold where it excludes 0. No interval covers another task or base model.
 """
 
 import argparse
@@ -55,9 +54,8 @@ BEST = ", best cell"  # after a method's name
 OWN = ("seppo", "sspo", "seppo --flip none")  # forms with the loss's own draw: sign, indicator, no sign
 LR, BETA = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (5, 250, 2000)  # betas' logits: ~0.01, 0.3 and 2
 GRID_SEEDS, FORM_SEEDS, FRESH_SEEDS = (0, 1), range(4), range(10, 18)
-CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 250)]  # where the forms of the sign are compared
-CELLS += [("near", 1e-4, 5), ("near", 3e-4, 5), ("near", 3e-5, 5)]
-HIGHER = [("far", 3e-4, 5), ("far", 1e-3, 5), ("near", 1e-3, 5)]  # where the best two forms are also tried
+CELLS = [("far", 1e-4, 5), ("far", 3e-5, 5), ("far", 1e-5, 250), *(("near", lr, 5) for lr in (1e-4, 3e-4, 3e-5))]
+HIGHER = [("far", 3e-4, 5), ("far", 1e-3, 5), ("near", 1e-3, 5)]  # the best two of CELLS' forms are also tried there
 
 # ---- What is measured -----------------------------------------------------------------------------------------------
 
@@ -92,8 +90,7 @@ def preferred_pictures(seed):  # (n, 3, 16, 16) for each caption; the runs train
     return [torch.stack([x for caption, x, _ in rows if caption == wanted]) for wanted in seppo.CAPTIONS]
 
 
-def measure(pixels):
-    """Pictures of PROMPTS -> what is measured on them, as explained at the top."""
+def measure(pixels):  # pictures of PROMPTS -> what is measured on them, as explained at the top
     score = lambda gain: seppo.mini_score((gain * pixels).clamp(-1, 1), PROMPTS).mean().item()
     by_caption = zip(pixels.flatten(1).unflatten(0, (-1, len(seppo.CAPTIONS))).unbind(1), preferred_pictures(1))
     found = dict(score=score(1), gained=max(map(score, torch.linspace(0.3, 3, 55))))
@@ -142,10 +139,9 @@ def anchor_truth(run, rule, seed, n=256, many=16):
 
 class Anchored(seppo.Trainer):
     """Forms of the sign, in place of that of the loss's own draw of (t, eps). independent draw: the sign of another
-    draw; 8 draws: that of their mean. coin: the loss's own signs of the update, in random order. batch's mean: the
-    sign of the batch's mean; previous mean: that of the update before, 0 where the reference has just changed.
-    oracle: -1 where x^r scores above the policy's picture from the same noise. half: x^r always loses, with half the
-    weight. After the comma stands --flip: indicator replaces -1 by 0."""
+    draw; 8 draws: that of their mean. coin: the loss's own signs in random order. batch's mean: the sign of the
+    batch's mean; previous mean: that of the update before, 0 where the reference has just changed. oracle: -1 where
+    x^r scores above the policy's picture. half: x^r always loses, with half the weight. indicator: 0 replaces -1."""
 
     def __init__(self, mode, *args):
         super().__init__(*args)
@@ -177,8 +173,7 @@ class Anchored(seppo.Trainer):
         return sign.clamp(min=0) if self.o.flip == "indicator" else sign
 
 
-def run_cell(world, variant, lr, beta, seed, truth=False):
-    """One run -> its measures. truth: whether to add those of anchor_truth."""
+def run_cell(world, variant, lr, beta, seed, truth=False):  # one run -> its measures, also those of anchor_truth
     if variant == "base":
         return measure_net(BASES[world])
     if variant == "preferred":
@@ -241,8 +236,7 @@ class Study(dict):
                 seppo.need(line["base"] == base, f"{what}: restore the former, or choose another --out")
                 self[tuple(line[name] for name in KEY)] = line
 
-    def make(self, what, runs, truth=False):
-        """Makes the missing ones of these runs, one per core at a time."""
+    def make(self, what, runs, truth=False):  # makes the missing ones of these runs, one per core at a time
         missing = [run for run in runs if run not in self]
         print(f"{what}: {len(missing)} of {len(runs)} runs to make, on {os.cpu_count()} cores")
         pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
@@ -311,9 +305,6 @@ class Study(dict):
         yield "best forms of the sign on fresh seeds", flat(self.fresh, self.best_forms())
         yield "best cells on fresh seeds", [run for item in self.doubtful() for run in self.fresh(*item)]
 
-    def planned(self):
-        return {run for _, runs, *_ in self.stages() for run in runs}
-
     def untuned_row(self, variant, world):
         base, tried = self[world, "base", 0, 0, 0]["score"], self.tried(variant, world)
         gains, own = {"": [score - base for score in self.read(tried)]}, LR.index(self.choose(variant, world)[2])
@@ -325,8 +316,8 @@ class Study(dict):
             yield f"{close}below base", f"{mean(gain < 0 for gain in values):.0%}"
             yield f"{close}above tuned sft", f"{mean(gain > sft for gain in values):.0%}"
         best = self.best(variant, world)
-        yield "best cell", "lr {:g}, beta {:g}: {:.3f}".format(*best[0][2:4], self.mean(best))
-        yield "best cell: distance", f"{mean(self.read(best, 'distance')):.3f}"
+        score, distance = (mean(self.read(best, name)) for name in ("score", "distance"))
+        yield "best cell", "lr {:g}, beta {:g}: {:.3f}, distance {:.3f}".format(*best[0][2:4], score, distance)
         for name in ("distance", "shape"):
             yield name, spread(self.read(tried, name), ".3f")
         for steps, lr in zip(("one step of lr up", "two steps up"), LR[own + 1 :]):
@@ -357,48 +348,25 @@ class Study(dict):
             heading = "{} lr {:g}, beta {:g} ({} seeds)".format(world, *at, len(seeds))
             yield heading, f"{mean(self.read(seeded([(world, form, *at)], seeds))):.3f}"
 
-    def report(self):
-        """study.md, from study.jsonl alone. The README's table shows some of its rows and columns."""
+    def report(self):  # study.md, from study.jsonl alone
         stages = [(what, sum(run not in self for run in runs), len(runs)) for what, runs, *_ in self.stages()]
         missing = "; ".join(f"{what} ({n} of {of})" for what, n, of in stages if n) or "none"
         rows = lambda *variants: [(variant, world) for world in BASES for variant in variants]
-        known = ", ".join(f"{v} {w} {self.mean(self.fresh(v, w)):.3f}" for v, w in rows("base", "preferred"))
+        known = ", ".join(f"{v} {w} scores {self.mean(self.fresh(v, w)):.3f}" for v, w in rows("base", "preferred"))
         names, tuned = ("method", "world"), rows(*METHODS, *self.best_forms()) + self.doubtful()
-        tables = {
-            "Without tuning: every run of the grid": (names, self.untuned_row, rows(*METHODS)),
-            "Tuned, on fresh seeds": (names, self.tuned_row, rows("base", "preferred") + tuned),
-            "Tuned, minus another method": (names, self.difference_row, tuned),
-            "Forms of the sign": (("sign",), self.form_row, [(form,) for form in (*OWN, *FORMS)]),
-        }
-        text = [f"# The study: {len(self.planned() & {*self})} of {len(self.planned())} runs\n\nMissing: {missing}.\n"]
-        text += [table(f"{title} (scores: {known})", *rest) for title, rest in tables.items()]
+        planned = {run for _, runs, *_ in self.stages() for run in runs}
+        text = [f"# The study: {len(planned & {*self})} of {len(planned)} runs\n\nMissing: {missing}.\n"]
+        text.append(table(f"Without tuning: every run of the grid ({known})", names, self.untuned_row, rows(*METHODS)))
+        text.append(table("Tuned, on fresh seeds", names, self.tuned_row, rows("base", "preferred") + tuned))
+        text.append(table(f"Tuned, minus another method ({known})", names, self.difference_row, tuned))
+        text.append(table(f"Forms of the sign ({known})", ("sign",), self.form_row, [(f,) for f in (*OWN, *FORMS)]))
         explained = [*__doc__.split("\n\n")[2:], anchor_truth.__doc__, Anchored.__doc__]
         return "\n".join([*text, "\n\n".join(textwrap.dedent("    " + text).strip() for text in explained), ""])
 
 
-def draw_figure(study, path):
-    """study.png: the score against the learning rate, with a band over beta and seeds (no ablations)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    for axis, world in zip(figure.subplots(1, 2, sharey=True), BASES):
-        for variant, colour in zip(METHODS, ("#0072b2", "#009e73", "#d55e00", "#555555", "#cc79a7", "#e69f00")):
-            runs = study.tried(variant, world)
-            if {*runs} <= {*study}:
-                at = [study.read(run for run in runs if run[2] == lr) for lr in LR]
-                axis.plot(LR, [*map(mean, at)], "o-", color=colour, label=variant)
-                axis.fill_between(LR, [*map(min, at)], [*map(max, at)], color=colour, alpha=0.08, lw=0)
-        for variant, style in (("base", "--"), ("preferred", ":")):
-            for score in study.read({*study.fresh(variant, world)} & {*study}):
-                axis.axhline(score, color="black", ls=style, label=variant)
-        axis.set(xscale="log", xlabel="learning rate", title=f"{world}: score (axis cut at 0.4)")
-        axis.set_ylim(0.4, 0.85)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=9)
-    with seppo.atomic(path) as file:
-        figure.savefig(file, format="png", dpi=200)
-
-
 def run(argv=None):
+    import study_figure  # it needs matplotlib, which the runs do not
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: seppo.need(False, f"{message} (--help lists the options)")
     parser.add_argument("--tables", action="store_true", help="no runs: study.md and study.png from study.jsonl")
@@ -409,13 +377,12 @@ def run(argv=None):
         digests[world] = evaluation.digest(*load_net(folder).state_dict().values())
     o.out.mkdir(parents=True, exist_ok=True)
     study = Study(o.out / "study.jsonl", digests)
-    print(f"The study has {len(study.planned())} runs, of which {len(study.planned() & {*study})} are in {study.path}")
     for stage in [None] if o.tables else study.stages():
         if stage:
             study.make(*stage)
         with seppo.atomic(o.out / "study.md") as file:
             file.write_text(study.report(), "utf-8")  # after each stage
-        draw_figure(study, o.out / "study.png")
+        study_figure.draw_figure(study, o.out / "study.png")
     print(f"{o.out}: study.md, study.png")
 
 
